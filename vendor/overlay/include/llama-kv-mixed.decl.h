@@ -1,0 +1,266 @@
+// The C interface of the mixed KV cache: plain declarations only, no preprocessor.
+// C and C++ include llama-kv-mixed.h, which wraps this file; the Python bindings read it as it is.
+
+// How a mixed KV cache is shaped. Set struct_size to sizeof(struct llama_kv_mixed_params), or start from
+// llama_kv_mixed_default_params(). The hot types are those of llama_context_params (type_k, type_v).
+struct llama_kv_mixed_params {
+    size_t struct_size;
+
+    uint32_t n_hot;     // hot cells per stream
+    uint32_t n_cold;    // cold cells per stream, 0: what the context needs beyond n_hot, and no less than n_hot
+    uint32_t n_group;   // most tokens that one migration moves (never more than a quarter of n_hot)
+    uint32_t n_sink;    // positions [0, n_sink) of every sequence stay hot
+
+    float threshold;    // migrate when hot use passes this share of n_hot, (0, 1]
+
+    int32_t type_cold_k; // enum ggml_type of cold K rows
+    int32_t type_cold_v; // enum ggml_type of cold V rows
+};
+
+// What a mixed KV cache holds and has done so far. Set struct_size before the call.
+struct llama_kv_mixed_stats {
+    size_t struct_size;
+
+    uint32_t n_stream;  // streams (1 when unified, else one per sequence)
+    uint32_t hot_size;  // cells, all streams together
+    uint32_t hot_used;
+    uint32_t cold_size;
+    uint32_t cold_used;
+    uint32_t n_layer;   // layers that hold K/V
+
+    int32_t type_hot_k;  // enum ggml_type
+    int32_t type_hot_v;
+    int32_t type_cold_k;
+    int32_t type_cold_v;
+
+    uint64_t bytes_hot;   // bytes allocated for hot K and V
+    uint64_t bytes_cold;  // bytes allocated for cold K and V
+    uint64_t bytes_plain; // bytes that a plain cache of the hot type takes for the same context size
+
+    uint64_t n_migrations;   // completed migrations
+    uint64_t n_tokens_moved; // cells moved from hot to cold
+    uint64_t n_refused;      // batches refused because hot and cold were full
+    uint64_t t_migrate_us;   // time spent moving, microseconds
+};
+
+// hot 512, cold q4_0, group 128, threshold 0.8, sink 4
+struct llama_kv_mixed_params llama_kv_mixed_default_params(void);
+
+// Reads a spec such as "hot=512,cold=q4_0,group=128,threshold=0.8,sink=4" (or "1" for the defaults) into *params.
+// Returns 0; or -1 with the reason in llama_kv_mixed_last_error() and *params untouched.
+int32_t llama_kv_mixed_params_parse(const char * spec, struct llama_kv_mixed_params * params);
+
+// llama_init_from_model() with a mixed KV cache. params == NULL: without one, whatever LLAMA_KV_MIXED says.
+// Returns NULL on failure, with the reason in llama_kv_mixed_last_error().
+struct llama_context * llama_kv_mixed_init_from_model(
+        struct llama_model * model,
+        struct llama_context_params cparams,
+        const struct llama_kv_mixed_params * params);
+
+// One sentence about the last failure of this interface on the calling thread; "" when there was none.
+const char * llama_kv_mixed_last_error(void);
+
+// The parameters in force and the state of a cache, of llama_get_memory() or llama_kv_mixed_cache_get_memory().
+// Return 0; or -1 when the memory is not a mixed KV cache.
+int32_t llama_kv_mixed_get_params(llama_memory_t mem, struct llama_kv_mixed_params * params);
+int32_t llama_kv_mixed_get_stats (llama_memory_t mem, struct llama_kv_mixed_stats * stats);
+
+// sizeof of a struct that crosses this interface by value, by its name ("llama_batch"); 0 when the name is unknown.
+// Lets bindings compare their layout with the library's.
+size_t llama_kv_mixed_sizeof(const char * name);
+
+//
+// trace: what a cache does, as records in a bounded ring
+//
+
+enum llama_kv_mixed_event_kind {
+    LLAMA_KV_MIXED_EVENT_INIT        = 0, // tracing begins
+    LLAMA_KV_MIXED_EVENT_TRIGGER     = 1, // a migration is called for
+    LLAMA_KV_MIXED_EVENT_MIGRATE     = 2, // tokens were moved from hot to cold
+    LLAMA_KV_MIXED_EVENT_FAIL        = 3, // the copy failed, the tokens stay hot
+    LLAMA_KV_MIXED_EVENT_REFUSE      = 4, // tokens do not fit in hot and cold
+    LLAMA_KV_MIXED_EVENT_CLEAR       = 5,
+    LLAMA_KV_MIXED_EVENT_SEQ_RM      = 6,
+    LLAMA_KV_MIXED_EVENT_SEQ_CP      = 7,
+    LLAMA_KV_MIXED_EVENT_SEQ_KEEP    = 8,
+    LLAMA_KV_MIXED_EVENT_SEQ_ADD     = 9,
+    LLAMA_KV_MIXED_EVENT_SEQ_DIV     = 10,
+    LLAMA_KV_MIXED_EVENT_STATE_WRITE = 11,
+    LLAMA_KV_MIXED_EVENT_STATE_READ  = 12,
+};
+
+enum llama_kv_mixed_trigger {
+    LLAMA_KV_MIXED_TRIGGER_THRESHOLD = 0, // hot use passed the threshold
+    LLAMA_KV_MIXED_TRIGGER_ROOM      = 1, // new tokens need the cells
+    LLAMA_KV_MIXED_TRIGGER_MANUAL    = 2, // llama_kv_mixed_cache_move_to_cold()
+};
+
+struct llama_kv_mixed_event {
+    uint64_t id;        // 0, 1, 2, ... since tracing began; gaps are records that were dropped
+    int64_t  t_us;      // monotonic time, microseconds
+    int64_t  dur_us;    // time taken, microseconds
+    int32_t  kind;      // enum llama_kv_mixed_event_kind
+    int32_t  trigger;   // enum llama_kv_mixed_trigger; -1 for other kinds than TRIGGER and MIGRATE
+    int32_t  strm;      // stream, -1: all
+    int32_t  pos_min;   // positions concerned, both inclusive; -1: none
+    int32_t  pos_max;
+    uint32_t n_tokens;  // tokens concerned
+    uint32_t hot_used;  // cells of the stream after the event
+    uint32_t hot_size;
+    uint32_t cold_used;
+    uint32_t cold_size;
+    uint64_t bytes_in;  // bytes of the rows before and after a migration
+    uint64_t bytes_out;
+    uint64_t seqs[4];   // bit s of the 256: sequence s is concerned
+    float    rmse_k;    // quantisation error of the rows that moved, over all layers; NaN when it was not measured
+    float    max_k;
+    float    rmse_v;
+    float    max_v;
+};
+
+// the quantisation error of one layer in a migration
+struct llama_kv_mixed_layer_error {
+    uint64_t id;        // the event's
+    int32_t  il;
+    float    rmse_k;
+    float    max_k;
+    float    rmse_v;
+    float    max_v;
+};
+
+enum llama_kv_mixed_trace_flags {
+    LLAMA_KV_MIXED_TRACE_LOG    = 1, // also write the records to llama.cpp's log, as text
+    LLAMA_KV_MIXED_TRACE_ERROR  = 2, // measure the quantisation error of what moves
+    LLAMA_KV_MIXED_TRACE_LAYERS = 4, // keep it by layer as well
+};
+
+// Begins a trace that keeps the newest n_max records; n_max == 0 ends it. Return 0; or -1 when mem is not a mixed KV cache.
+int32_t llama_kv_mixed_trace_start(llama_memory_t mem, uint32_t n_max, uint32_t flags);
+
+// Takes up to n_max records, oldest first, and returns their number; *n_dropped: how many the ring lost since it began.
+// May be called from another thread than the one that decodes.
+uint32_t llama_kv_mixed_trace_read       (llama_memory_t mem, struct llama_kv_mixed_event * events, uint32_t n_max, uint64_t * n_dropped);
+uint32_t llama_kv_mixed_trace_read_layers(llama_memory_t mem, struct llama_kv_mixed_layer_error * errors, uint32_t n_max);
+
+//
+// a cache driven by hand: no model file, no decode
+//
+
+// What a cache needs to know about a model. Set struct_size.
+struct llama_kv_mixed_shape {
+    size_t   struct_size;
+
+    uint32_t n_layer;
+    uint32_t n_head_kv;
+    uint32_t n_embd_head_k;
+    uint32_t n_embd_head_v;
+    uint32_t n_ctx;         // tokens that one stream must be able to hold; 0: as many as n_hot + n_cold are
+    uint32_t n_seq_max;
+    uint32_t n_pad;         // cell counts are multiples of this, 0: 1
+    uint32_t unified;       // 1: one stream for all sequences, 0: one each
+    int32_t  type_k;        // enum ggml_type of hot rows
+    int32_t  type_v;
+};
+
+// One of the two caches.
+struct llama_kv_mixed_tier {
+    size_t   struct_size;
+
+    uint32_t n_stream;
+    uint32_t size;          // cells per stream
+    uint32_t n_layer;
+    int32_t  type_k;        // enum ggml_type
+    int32_t  type_v;
+    uint32_t n_embd_head_k;
+    uint32_t n_embd_head_v;
+    uint32_t n_head_kv;
+    uint64_t row_size_k;    // bytes of one cell's K in one layer
+    uint64_t row_size_v;
+};
+
+// A cell: its position (-1: empty), the position shift that is still to be applied, and its sequences.
+struct llama_kv_mixed_cell {
+    int32_t  pos;
+    int32_t  shift;
+    uint64_t seqs[4];
+};
+
+// Tokens as the cache gets them, see llama_ubatch. The pointers live as long as their sbatch.
+struct llama_kv_mixed_ubatch {
+    size_t struct_size;
+
+    uint32_t index;         // for find_slot
+    uint32_t n_tokens;
+    uint32_t n_seq_tokens;
+    uint32_t n_seqs;
+    uint32_t n_seqs_unq;
+    uint32_t equal_seqs;
+
+    const int32_t * token;     // [n_tokens]
+    const int32_t * pos;       // [n_tokens]
+    const int32_t * n_seq_id;  // [n_tokens]
+    int32_t * const * seq_id;  // [n_tokens][n_seq_id]
+    const int8_t  * output;    // [n_tokens]
+};
+
+struct llama_kv_mixed_cache;
+struct llama_kv_mixed_sbatch;
+
+enum llama_kv_mixed_tier_id {
+    LLAMA_KV_MIXED_HOT  = 0,
+    LLAMA_KV_MIXED_COLD = 1,
+};
+
+enum llama_kv_mixed_split {
+    LLAMA_KV_MIXED_SPLIT_SIMPLE = 0,
+    LLAMA_KV_MIXED_SPLIT_EQUAL  = 1,
+    LLAMA_KV_MIXED_SPLIT_SEQ    = 2,
+};
+
+// A cache of its own. params == NULL: a plain llama_kv_cache of n_ctx cells, which is then the hot tier.
+// Returns NULL on failure, with the reason in llama_kv_mixed_last_error(); so do all functions below that return -1.
+struct llama_kv_mixed_cache * llama_kv_mixed_cache_init(const struct llama_kv_mixed_shape * shape, const struct llama_kv_mixed_params * params);
+
+// The mixed cache of a context, which must outlive the result.
+struct llama_kv_mixed_cache * llama_kv_mixed_cache_from_context(struct llama_context * ctx);
+
+void llama_kv_mixed_cache_free(struct llama_kv_mixed_cache * cache);
+
+// for llama_memory_seq_rm() and its like
+llama_memory_t llama_kv_mixed_cache_get_memory(struct llama_kv_mixed_cache * cache);
+
+int32_t llama_kv_mixed_cache_get_tier(const struct llama_kv_mixed_cache * cache, int32_t tier, struct llama_kv_mixed_tier * info);
+
+// The stream that holds a sequence; -1 when there is no such sequence.
+int32_t llama_kv_mixed_cache_get_stream(const struct llama_kv_mixed_cache * cache, int32_t seq_id);
+
+// All cells of a stream: cells [size].
+int32_t llama_kv_mixed_cache_get_cells(const struct llama_kv_mixed_cache * cache, int32_t tier, uint32_t strm, struct llama_kv_mixed_cell * cells);
+
+// Rows [cell, cell + n) of a layer's K (v == 0) or V (v == 1), n*row_size bytes.
+int32_t llama_kv_mixed_cache_get_rows(const struct llama_kv_mixed_cache * cache, int32_t tier, uint32_t il, int32_t v, uint32_t strm, uint32_t cell, uint32_t n, void * dst);
+int32_t llama_kv_mixed_cache_set_rows(      struct llama_kv_mixed_cache * cache, int32_t tier, uint32_t il, int32_t v, uint32_t strm, uint32_t cell, uint32_t n, const void * src);
+
+// A batch made consistent, ready to be split; see llama_batch_allocr. mem may be NULL: positions are then not held against
+// those in a cache.
+struct llama_kv_mixed_sbatch * llama_kv_mixed_sbatch_init(struct llama_batch batch, uint32_t n_seq_max, uint32_t n_vocab, llama_memory_t mem);
+void    llama_kv_mixed_sbatch_free (struct llama_kv_mixed_sbatch * sbatch);
+void    llama_kv_mixed_sbatch_reset(struct llama_kv_mixed_sbatch * sbatch);
+
+// The next ubatch of up to n_ubatch tokens. Returns its number of tokens, 0 when the batch is used up.
+int32_t llama_kv_mixed_sbatch_split(struct llama_kv_mixed_sbatch * sbatch, int32_t split, uint32_t n_ubatch, struct llama_kv_mixed_ubatch * ubatch);
+
+// Finds places in hot for a ubatch, after migrations when there is no room, and remembers them for commit; cells [n_tokens]
+// gets their indices (may be NULL). No token is added. Returns 0; 1 when hot and cold are full, and nothing has changed.
+int32_t llama_kv_mixed_cache_find_slot(struct llama_kv_mixed_cache * cache, struct llama_kv_mixed_sbatch * sbatch, uint32_t index, uint32_t * cells);
+
+// Adds the tokens that a slot was found for, and migrates once when that passed the threshold; or forgets the slot.
+int32_t llama_kv_mixed_cache_commit  (struct llama_kv_mixed_cache * cache);
+int32_t llama_kv_mixed_cache_rollback(struct llama_kv_mixed_cache * cache);
+
+// Moves the n oldest tokens of a stream that are not pinned. Returns how many were moved, fewer when cold is full.
+int32_t llama_kv_mixed_cache_move_to_cold(struct llama_kv_mixed_cache * cache, uint32_t strm, uint32_t n);
+
+// The state of a sequence (-1: all) as bytes. dst == NULL asks for the size. Return the number of bytes; or -1.
+int64_t llama_kv_mixed_cache_state_get(const struct llama_kv_mixed_cache * cache, int32_t seq_id, void * dst, size_t size);
+int64_t llama_kv_mixed_cache_state_set(struct llama_kv_mixed_cache * cache, int32_t seq_id, const void * src, size_t size);

@@ -1,0 +1,280 @@
+#pragma once
+
+#include "llama-kv-cache.h"
+
+#include "llama-kv-mixed.h"
+#include "llama-kv-mixed-mover.h"
+#include "llama-kv-mixed-policy.h"
+#include "llama-kv-mixed-trace.h"
+
+#include <memory>
+#include <vector>
+
+//
+// llama_kv_cache_mixed
+//
+
+// two instances of llama_kv_cache over the same layers: the newest tokens are in hot, older ones are quantised in cold
+//
+// - new tokens always go to hot; a migration moves the oldest of them to cold, data first, then metadata
+// - every (sequence, position) is in exactly one of the two
+// - within a sequence everything in cold is older than everything in hot, except the pinned sinks
+//
+// when the cold type is rotated before it is quantised, hot holds rotated rows as well: both sides live in one space,
+// and a migration is a plain copy
+
+class llama_kv_cache_mixed : public llama_memory_i {
+public:
+    using slot_info = llama_kv_cache::slot_info;
+
+    // type_k, type_v: the hot types
+    // n_ctx_seq:      the tokens that one stream must be able to hold
+    // n_pad:          the numbers of cells must be multiples of this
+    // throws std::runtime_error with one sentence when the model or the parameters do not allow a mixed cache
+    llama_kv_cache_mixed(
+                  const llama_model & model,
+                          ggml_type   type_k,
+                          ggml_type   type_v,
+        const llama_kv_mixed_params & params,
+                               bool   offload,
+                               bool   unified,
+                           uint32_t   n_ctx_seq,
+                           uint32_t   n_seq_max,
+                           uint32_t   n_pad,
+              const layer_filter_cb & filter);
+
+    ~llama_kv_cache_mixed() = default;
+
+    //
+    // llama_memory_i
+    //
+
+    llama_memory_context_ptr init_batch(
+            llama_batch_allocr & balloc,
+            uint32_t n_ubatch,
+            bool embd_all) override;
+
+    llama_memory_context_ptr init_full() override;
+
+    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
+    bool get_can_shift() const override;
+
+    void clear(bool data) override;
+
+    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
+    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id)                                                          override;
+    void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
+
+    llama_pos seq_pos_min(llama_seq_id seq_id) const override;
+    llama_pos seq_pos_max(llama_seq_id seq_id) const override;
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
+
+    // state write/load
+
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+
+    //
+    // llama_kv_cache_mixed specific API
+    //
+
+    llama_kv_cache * get_hot () const;
+    llama_kv_cache * get_cold() const;
+
+    // all cells of a layer's V, as llama_kv_cache::get_k_storage() has those of K
+    static ggml_tensor * get_v_storage(const llama_kv_cache & kv, int32_t il);
+
+    const llama_kv_mixed_params & get_params() const;
+
+    llama_kv_mixed_stats get_stats() const;
+
+    llama_kv_mixed_trace & get_trace() const;
+
+    // begin a trace, n_max == 0: end it
+    void trace_start(uint32_t n_max, uint32_t flags);
+
+    // padded number of cold cells in use, over the streams of sinfo; 0 when they hold none
+    uint32_t get_n_cold(const slot_info & sinfo) const;
+
+    // find places in hot for the ubatch, migrating first when there are not enough
+    // an empty result: hot and cold are full, nothing changed
+    slot_info find_slot(const llama_ubatch & ubatch);
+
+    // after the ubatch has been placed in sinfo: migrate once when that passed the threshold
+    // the rows of the ubatch itself are yet to be computed and stay
+    void commit(const slot_info & sinfo);
+
+    // one migration: move up to n of the oldest unpinned tokens of a stream from hot to cold, leaving the cells in flight
+    // alone; returns how many were moved: all at once, or none
+    uint32_t move_tokens_to_cold_cache(uint32_t strm, uint32_t n, llama_kv_mixed_trigger trigger, const std::vector<uint32_t> & in_flight = {});
+
+    // carry out pending copies between streams, and pending position shifts
+    bool update(llama_context * lctx, bool do_shift, const llama_kv_cache::stream_copy_info & sc_hot, const llama_kv_cache::stream_copy_info & sc_cold);
+
+    // rotate K rows of hot and cold to their new positions
+    // unlike upstream's this also undoes the rotation of rows whose type is not quantised
+    ggml_cgraph * build_graph_shift(llm_graph_result * res, llama_context * lctx) const;
+
+private:
+    const llama_model   & model;
+    const llama_hparams & hparams;
+
+    const llama_kv_mixed_params params;
+    const llama_kv_mixed_policy policy;
+
+    std::unique_ptr<llama_kv_cache> kv_hot;
+    std::unique_ptr<llama_kv_cache> kv_cold;
+
+    std::unique_ptr<llama_kv_mixed_mover> mover;
+
+    std::unique_ptr<llama_kv_mixed_trace> trace;
+
+    // bytes that a plain cache of the hot type takes for the same context
+    uint64_t bytes_plain = 0;
+
+    uint64_t n_migrations   = 0;
+    uint64_t n_tokens_moved = 0;
+    uint64_t n_refused      = 0;
+    uint64_t t_migrate_us   = 0;
+
+    // the context of the last update: its threads compute migrations, and its queued work is waited for
+    // null when the cache is driven without one
+    llama_context * lctx = nullptr;
+
+    uint32_t get_stream(llama_seq_id seq_id) const;
+
+    llama_kv_mixed_plan get_plan(uint32_t strm) const;
+
+    // the ubatch's share in each of its streams
+    struct share {
+        uint32_t strm;
+        uint32_t n;
+        uint32_t n_pinned;
+    };
+
+    std::vector<share> get_shares(const llama_ubatch & ubatch) const;
+
+    // free cells in cold, lowest index first, so that the part in use stays compact
+    std::vector<uint32_t> get_free_cold(uint32_t strm, uint32_t n) const;
+
+    // make room for a ubatch of the given size in hot
+    bool make_room(uint32_t strm, uint32_t n);
+
+    std::string describe_use() const;
+
+    // a record of the stream's occupancy (-1: of all streams), about a sequence (-1: about none in particular)
+    llama_kv_mixed_event make_event(llama_kv_mixed_event_kind kind, int32_t strm, llama_seq_id seq_id = -1, llama_pos p0 = -1, llama_pos p1 = -1) const;
+
+    // what quantisation did to rows that have just been copied; layer by layer into the trace as well if that is wanted
+    void measure_error(uint32_t strm, const std::vector<uint32_t> & src, const std::vector<uint32_t> & dst, llama_kv_mixed_event & event,
+        std::vector<llama_kv_mixed_layer_error> & layers) const;
+};
+
+class llama_kv_cache_mixed_context : public llama_memory_context_i {
+public:
+    // used for errors
+    llama_kv_cache_mixed_context(llama_memory_status status);
+
+    // used to create a full-cache context
+    llama_kv_cache_mixed_context(
+            llama_kv_cache_mixed * kv);
+
+    // used to create an update context
+    llama_kv_cache_mixed_context(
+            llama_kv_cache_mixed * kv,
+            llama_context * lctx,
+            bool do_shift,
+            llama_kv_cache::stream_copy_info sc_hot,
+            llama_kv_cache::stream_copy_info sc_cold);
+
+    // used to create a batch processing context from a batch
+    llama_kv_cache_mixed_context(
+            llama_kv_cache_mixed * kv,
+            std::vector<llama_ubatch> ubatches);
+
+    virtual ~llama_kv_cache_mixed_context();
+
+    //
+    // llama_memory_context_i
+    //
+
+    bool next()  override;
+    bool apply() override;
+
+    llama_memory_status  get_status() const override;
+    const llama_ubatch & get_ubatch() const override;
+
+    //
+    // llama_kv_cache_mixed_context specific API
+    //
+
+    const llama_kv_cache       * get_cold()     const;
+    const llama_kv_cache_context * get_hot_ctx() const;
+
+    // cells in view: cold, then hot
+    uint32_t get_n_cold() const;
+    uint32_t get_n_hot()  const;
+
+    // views of the cold rows in use, null when there are none
+    ggml_tensor * get_k_cold(ggml_context * ctx, int32_t il) const;
+    ggml_tensor * get_v_cold(ggml_context * ctx, int32_t il) const;
+
+    // the mask over [cold | hot]: dst [n_cold + n_hot, n_tokens/n_stream, 1, n_stream]
+    void set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const;
+
+private:
+    llama_memory_status status;
+
+    llama_kv_cache_mixed * kv = nullptr;
+
+    //
+    // update context
+    //
+
+    llama_context * lctx = nullptr;
+
+    bool do_shift = false;
+
+    llama_kv_cache::stream_copy_info sc_hot;
+    llama_kv_cache::stream_copy_info sc_cold;
+
+    //
+    // batch processing context
+    //
+
+    // the index of the cur ubatch to process
+    size_t i_cur = 0;
+
+    std::vector<llama_ubatch> ubatches;
+
+    //
+    // data needed for building the compute graph for the current ubatch:
+    //
+
+    llama_kv_cache::slot_info sinfo;
+
+    std::unique_ptr<llama_kv_cache_context> ctx_hot;
+
+    uint32_t n_cold = 0;
+};
+
+//
+// call sites in upstream's code
+//
+
+// throws when a mixed cache is requested for a model whose memory can not be one
+void llama_kv_mixed_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
+
+// the mixed cache in place of a plain one, null when it is not requested
+llama_memory_i * llama_kv_mixed_create(
+                      const llama_model & model,
+              const llama_memory_params & params,
+                    const llama_cparams & cparams,
+    const llama_memory_i::layer_filter_cb & filter);
+
+// passes on what create_memory() made; throws when a mixed cache was requested and this is none
+llama_memory_i * llama_kv_mixed_check_memory(llama_memory_i * mem);

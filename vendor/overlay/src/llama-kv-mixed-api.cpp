@@ -1,0 +1,167 @@
+#include "llama-kv-cache-mixed.h"
+#include "llama-kv-mixed-params.h"
+
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+// null when the memory is not a mixed cache
+static llama_kv_cache_mixed * get_mixed(llama_memory_t mem) {
+    return dynamic_cast<llama_kv_cache_mixed *>(mem);
+}
+
+// fills a caller's struct as far as the caller knows it
+template <typename T>
+static void copy_out(const T & src, T * dst) {
+    const size_t size = std::min(dst->struct_size, sizeof(T));
+    memcpy(dst, &src, size);
+    dst->struct_size = size;
+}
+
+LLAMA_API llama_kv_mixed_params llama_kv_mixed_default_params(void) {
+    return {
+        /*.struct_size =*/ sizeof(llama_kv_mixed_params),
+        /*.n_hot       =*/ 512,
+        /*.n_cold      =*/ 0,
+        /*.n_group     =*/ 128,
+        /*.n_sink      =*/ 4,
+        /*.threshold   =*/ 0.8f,
+        /*.type_cold_k =*/ GGML_TYPE_Q4_0,
+        /*.type_cold_v =*/ GGML_TYPE_Q4_0,
+    };
+}
+
+LLAMA_API int32_t llama_kv_mixed_params_parse(const char * spec, llama_kv_mixed_params * params) {
+    llama_kv_mixed_error().clear();
+
+    try {
+        if (!spec || !params) {
+            throw std::invalid_argument("spec and params must not be NULL");
+        }
+        *params = llama_kv_mixed_parse_spec(spec);
+    } catch (const std::exception & err) {
+        llama_kv_mixed_error() = err.what();
+        return -1;
+    }
+
+    return 0;
+}
+
+LLAMA_API llama_context * llama_kv_mixed_init_from_model(
+        llama_model * model,
+        llama_context_params cparams,
+        const llama_kv_mixed_params * params) {
+    llama_kv_mixed_error().clear();
+
+    std::optional<llama_kv_mixed_params> request;
+
+    try {
+        if (params) {
+            if (params->struct_size != sizeof(*params)) {
+                throw std::invalid_argument(format("llama_kv_mixed_params has %zu bytes here, the caller's has %zu",
+                    sizeof(*params), params->struct_size));
+            }
+            llama_kv_mixed_validate(*params);
+            request = *params;
+        }
+    } catch (const std::exception & err) {
+        llama_kv_mixed_error() = err.what();
+        return nullptr;
+    }
+
+    llama_context * res;
+    {
+        llama_kv_mixed_params_scope scope(request);
+        res = llama_init_from_model(model, cparams);
+    }
+
+    if (!res && llama_kv_mixed_error().empty()) {
+        llama_kv_mixed_error() = "the context could not be created, the log says why";
+    }
+
+    return res;
+}
+
+LLAMA_API const char * llama_kv_mixed_last_error(void) {
+    return llama_kv_mixed_error().c_str();
+}
+
+LLAMA_API int32_t llama_kv_mixed_get_params(llama_memory_t mem, llama_kv_mixed_params * params) {
+    const auto * kv = get_mixed(mem);
+    if (!kv) {
+        return -1;
+    }
+
+    llama_kv_mixed_params res = kv->get_params();
+    res.struct_size = sizeof(res);
+    copy_out(res, params);
+
+    return 0;
+}
+
+LLAMA_API int32_t llama_kv_mixed_get_stats(llama_memory_t mem, llama_kv_mixed_stats * stats) {
+    const auto * kv = get_mixed(mem);
+    if (!kv) {
+        return -1;
+    }
+
+    copy_out(kv->get_stats(), stats);
+
+    return 0;
+}
+
+LLAMA_API int32_t llama_kv_mixed_trace_start(llama_memory_t mem, uint32_t n_max, uint32_t flags) {
+    auto * kv = get_mixed(mem);
+    if (!kv) {
+        return -1;
+    }
+
+    kv->trace_start(n_max, flags);
+
+    return 0;
+}
+
+LLAMA_API uint32_t llama_kv_mixed_trace_read(llama_memory_t mem, llama_kv_mixed_event * events, uint32_t n_max, uint64_t * n_dropped) {
+    auto * kv = get_mixed(mem);
+
+    return kv ? kv->get_trace().read(events, n_max, n_dropped) : 0;
+}
+
+LLAMA_API uint32_t llama_kv_mixed_trace_read_layers(llama_memory_t mem, llama_kv_mixed_layer_error * errors, uint32_t n_max) {
+    auto * kv = get_mixed(mem);
+
+    return kv ? kv->get_trace().read(errors, n_max) : 0;
+}
+
+LLAMA_API size_t llama_kv_mixed_sizeof(const char * name) {
+    static const struct { const char * name; size_t size; } sizes[] = {
+#define SIZE_OF(type) { #type, sizeof(type) }
+        SIZE_OF(llama_batch),
+        SIZE_OF(llama_chat_message),
+        SIZE_OF(llama_context_params),
+        SIZE_OF(llama_kv_mixed_cell),
+        SIZE_OF(llama_kv_mixed_event),
+        SIZE_OF(llama_kv_mixed_layer_error),
+        SIZE_OF(llama_kv_mixed_params),
+        SIZE_OF(llama_kv_mixed_shape),
+        SIZE_OF(llama_kv_mixed_stats),
+        SIZE_OF(llama_kv_mixed_tier),
+        SIZE_OF(llama_kv_mixed_ubatch),
+        SIZE_OF(llama_logit_bias),
+        SIZE_OF(llama_model_params),
+        SIZE_OF(llama_perf_context_data),
+        SIZE_OF(llama_sampler_chain_params),
+#undef SIZE_OF
+    };
+
+    for (const auto & s : sizes) {
+        if (name && strcmp(s.name, name) == 0) {
+            return s.size;
+        }
+    }
+
+    return 0;
+}

@@ -1,0 +1,123 @@
+#include "llama-kv-mixed-mover.h"
+
+#include "llama-impl.h"
+
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+
+static ggml_backend_dev_t get_dev(const ggml_tensor * t) {
+    // the CPU's own buffer types name no device
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
+
+    return dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
+llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint32_t n_max) {
+    std::vector<ggml_backend_dev_t> order;
+
+    for (const auto & p : pairs) {
+        const ggml_backend_dev_t dev = get_dev(p.src);
+        GGML_ASSERT(dev == get_dev(p.dst));
+
+        size_t i = std::find(order.begin(), order.end(), dev) - order.begin();
+        if (i == order.size()) {
+            order.push_back(dev);
+            devs.emplace_back();
+        }
+        devs[i].pairs.push_back(p);
+    }
+
+    for (size_t i = 0; i < devs.size(); ++i) {
+        auto & dev = devs[i];
+
+        dev.backend.reset(ggml_backend_dev_init(order[i], nullptr));
+        if (!dev.backend) {
+            throw std::runtime_error(format("failed to initialize %s for migrations", ggml_backend_dev_name(order[i])));
+        }
+
+        auto * set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
+                ggml_backend_dev_backend_reg(order[i]), "ggml_backend_set_n_threads");
+        if (set_n_threads) {
+            dev.set_n_threads = [set_n_threads, backend = dev.backend.get()](int n) { set_n_threads(backend, n); };
+        }
+
+        // per pair: two flattened tensors, the rows and the write
+        const size_t n_tensors = 4*dev.pairs.size() + 2;
+        dev.buf_meta.resize(n_tensors*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false));
+
+        dev.galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(dev.backend.get())));
+
+        graph g = build(dev, n_max);
+
+        for (int j = 0; j < ggml_graph_n_nodes(g.gf); ++j) {
+            const ggml_tensor * node = ggml_graph_node(g.gf, j);
+            if (!ggml_backend_supports_op(dev.backend.get(), node)) {
+                throw std::runtime_error(format("%s can not copy %s rows to %s", ggml_backend_dev_name(order[i]),
+                    ggml_type_name(dev.pairs[0].src->type), ggml_type_name(dev.pairs[0].dst->type)));
+            }
+        }
+
+        if (!ggml_gallocr_reserve(dev.galloc.get(), g.gf)) {
+            throw std::runtime_error(format("failed to allocate the buffer for migrations on %s", ggml_backend_dev_name(order[i])));
+        }
+    }
+}
+
+llama_kv_mixed_mover::graph llama_kv_mixed_mover::build(device & dev, uint32_t n) {
+    graph res;
+
+    res.ctx.reset(ggml_init({
+        /*.mem_size   =*/ dev.buf_meta.size(),
+        /*.mem_buffer =*/ dev.buf_meta.data(),
+        /*.no_alloc   =*/ true,
+    }));
+
+    ggml_context * ctx = res.ctx.get();
+
+    res.gf  = ggml_new_graph_custom(ctx, 4*dev.pairs.size() + 2, false);
+    res.src = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
+    res.dst = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n);
+
+    ggml_set_input(res.src);
+    ggml_set_input(res.dst);
+
+    const auto flat = [ctx](ggml_tensor * t) {
+        return ggml_reshape_2d(ctx, t, t->ne[0], t->ne[1]*t->ne[2]);
+    };
+
+    for (const auto & p : dev.pairs) {
+        ggml_tensor * rows = ggml_get_rows(ctx, flat(p.src), res.src);
+
+        ggml_build_forward_expand(res.gf, ggml_set_rows(ctx, flat(p.dst), rows, res.dst));
+    }
+
+    return res;
+}
+
+bool llama_kv_mixed_mover::move(const std::vector<int32_t> & src, const std::vector<int64_t> & dst, int n_threads) {
+    GGML_ASSERT(src.size() == dst.size());
+
+    for (auto & dev : devs) {
+        graph g = build(dev, src.size());
+
+        if (!ggml_gallocr_alloc_graph(dev.galloc.get(), g.gf)) {
+            return false;
+        }
+
+        ggml_backend_tensor_set(g.src, src.data(), 0, ggml_nbytes(g.src));
+        ggml_backend_tensor_set(g.dst, dst.data(), 0, ggml_nbytes(g.dst));
+
+        if (dev.set_n_threads) {
+            dev.set_n_threads(n_threads);
+        }
+
+        if (ggml_backend_graph_compute(dev.backend.get(), g.gf) != GGML_STATUS_SUCCESS) {
+            return false;
+        }
+    }
+
+    return true;
+}

@@ -1,0 +1,59 @@
+#pragma once
+
+#include "ggml-cpp.h"
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+//
+// llama_kv_mixed_mover
+//
+// copies rows of one set of tensors into another with ggml's own get_rows and set_rows, on the device that holds them
+// it needs no llama_context, and knows nothing of cells
+//
+
+class llama_kv_mixed_mover {
+public:
+    // rows of src go to rows of dst, both [n_embd, n_rows], of any KV cache type
+    struct pair {
+        ggml_tensor * src;
+        ggml_tensor * dst;
+    };
+
+    // n_max: the most rows that one move copies, memory for them is set aside here
+    // throws std::runtime_error when a device can not do it
+    llama_kv_mixed_mover(const std::vector<pair> & pairs, uint32_t n_max);
+
+    // row src[i] -> row dst[i], in all pairs
+    // returns when the copy is complete; false: it failed, and no row but dst was written
+    bool move(const std::vector<int32_t> & src, const std::vector<int64_t> & dst, int n_threads);
+
+private:
+    // the pairs that live on one device
+    struct device {
+        std::vector<pair> pairs;
+
+        ggml_backend_ptr backend;
+        ggml_gallocr_ptr galloc;
+
+        std::function<void(int)> set_n_threads;
+
+        // meta data of the graph, rebuilt per move: it is cheap, and the number of rows varies
+        std::vector<uint8_t> buf_meta;
+    };
+
+    struct graph {
+        ggml_context_ptr ctx;
+
+        ggml_cgraph * gf;
+
+        ggml_tensor * src; // I32 [n]
+        ggml_tensor * dst; // I64 [n]
+    };
+
+    static graph build(device & dev, uint32_t n);
+
+    std::vector<device> devs;
+};

@@ -1,0 +1,184 @@
+#include "llama-kv-mixed-params.h"
+
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <cctype>
+#include <cmath>
+#include <cstdlib>
+#include <locale>
+#include <set>
+#include <sstream>
+#include <stdexcept>
+
+static const ggml_type cache_types[] = {
+    GGML_TYPE_F32,  GGML_TYPE_F16,    GGML_TYPE_BF16,
+    GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,   GGML_TYPE_Q4_1,
+    GGML_TYPE_IQ4_NL, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1,
+};
+
+bool llama_kv_mixed_is_cache_type(ggml_type type) {
+    return std::find(std::begin(cache_types), std::end(cache_types), type) != std::end(cache_types);
+}
+
+std::string & llama_kv_mixed_error() {
+    static thread_local std::string error;
+    return error;
+}
+
+//
+// spec
+//
+
+static std::string trim(const std::string & s) {
+    const auto b = s.find_first_not_of(" \t");
+    const auto e = s.find_last_not_of(" \t");
+    return b == std::string::npos ? "" : s.substr(b, e - b + 1);
+}
+
+static ggml_type parse_type(const std::string & key, const std::string & value) {
+    std::string name = value;
+    std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
+
+    std::string names;
+    for (const ggml_type type : cache_types) {
+        if (name == ggml_type_name(type)) {
+            return type;
+        }
+        names += (names.empty() ? "" : ", ") + std::string(ggml_type_name(type));
+    }
+
+    throw std::invalid_argument(format("%s=%s is not a KV cache type (%s)", key.c_str(), value.c_str(), names.c_str()));
+}
+
+static uint32_t parse_count(const std::string & key, const std::string & value) {
+    // nine digits can not overflow, and no cache is that large
+    if (value.empty() || value.size() > 9 || value.find_first_not_of("0123456789") != std::string::npos) {
+        throw std::invalid_argument(format("%s=%s is not a whole number", key.c_str(), value.c_str()));
+    }
+
+    return (uint32_t) std::stoul(value);
+}
+
+static float parse_share(const std::string & key, const std::string & value) {
+    std::istringstream is(value);
+    is.imbue(std::locale::classic());
+
+    float res = 0.0f;
+    if (!(is >> res) || !is.eof()) {
+        throw std::invalid_argument(format("%s=%s is not a number", key.c_str(), value.c_str()));
+    }
+
+    return res;
+}
+
+llama_kv_mixed_params llama_kv_mixed_parse_spec(const std::string & spec) {
+    llama_kv_mixed_params res = llama_kv_mixed_default_params();
+
+    if (trim(spec) == "1") {
+        return res;
+    }
+
+    std::set<std::string> seen;
+
+    std::istringstream is(spec);
+    for (std::string item; std::getline(is, item, ',');) {
+        const auto eq = item.find('=');
+
+        const std::string key   = trim(item.substr(0, eq));
+        const std::string value = eq == std::string::npos ? "" : trim(item.substr(eq + 1));
+
+        if (eq == std::string::npos || key.empty() || value.empty()) {
+            throw std::invalid_argument(format("'%s' is not key=value", trim(item).c_str()));
+        }
+
+        if (!seen.insert(key).second) {
+            throw std::invalid_argument(format("%s is given twice", key.c_str()));
+        }
+
+        if      (key == "hot")       { res.n_hot   = parse_count(key, value); }
+        else if (key == "cold_size") { res.n_cold  = parse_count(key, value); }
+        else if (key == "group")     { res.n_group = parse_count(key, value); }
+        else if (key == "sink")      { res.n_sink  = parse_count(key, value); }
+        else if (key == "threshold") { res.threshold   = parse_share(key, value); }
+        else if (key == "cold_k")    { res.type_cold_k = parse_type (key, value); }
+        else if (key == "cold_v")    { res.type_cold_v = parse_type (key, value); }
+        else if (key == "cold") {
+            // cold_k and cold_v are more specific, wherever they stand
+            const ggml_type type = parse_type(key, value);
+            if (!seen.count("cold_k")) { res.type_cold_k = type; }
+            if (!seen.count("cold_v")) { res.type_cold_v = type; }
+        } else {
+            throw std::invalid_argument(format(
+                "unknown key '%s' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink)", key.c_str()));
+        }
+    }
+
+    if (seen.empty()) {
+        throw std::invalid_argument("the spec is empty, '1' takes the defaults");
+    }
+
+    llama_kv_mixed_validate(res);
+
+    return res;
+}
+
+void llama_kv_mixed_validate(const llama_kv_mixed_params & params) {
+    if (params.n_hot == 0) {
+        throw std::invalid_argument("hot must be at least 1 cell");
+    }
+    if (params.n_group == 0) {
+        throw std::invalid_argument("group must be at least 1 token");
+    }
+    if (params.n_sink >= params.n_hot) {
+        throw std::invalid_argument(format("sink=%u leaves no room in hot=%u", params.n_sink, params.n_hot));
+    }
+    if (!(params.threshold > 0.0f && params.threshold <= 1.0f)) {
+        throw std::invalid_argument(format("threshold=%g is outside (0, 1]", params.threshold));
+    }
+    for (const int32_t type : { params.type_cold_k, params.type_cold_v }) {
+        if (!llama_kv_mixed_is_cache_type((ggml_type) type)) {
+            throw std::invalid_argument(format("the cold type %d is not a KV cache type", type));
+        }
+    }
+}
+
+//
+// the request in force
+//
+
+namespace {
+struct request {
+    bool set = false; // false: ask the environment
+    std::optional<llama_kv_mixed_params> params;
+};
+}
+
+static thread_local request request_cur;
+
+llama_kv_mixed_params_scope::llama_kv_mixed_params_scope(std::optional<llama_kv_mixed_params> params) {
+    request_cur = { true, params };
+}
+
+llama_kv_mixed_params_scope::~llama_kv_mixed_params_scope() {
+    request_cur = {};
+}
+
+std::optional<llama_kv_mixed_params> llama_kv_mixed_params_requested() {
+    if (request_cur.set) {
+        return request_cur.params;
+    }
+
+    const char * LLAMA_KV_MIXED = getenv("LLAMA_KV_MIXED");
+
+    const std::string spec = trim(LLAMA_KV_MIXED ? LLAMA_KV_MIXED : "");
+    if (spec.empty() || spec == "0") {
+        return {};
+    }
+
+    try {
+        return llama_kv_mixed_parse_spec(spec);
+    } catch (const std::invalid_argument & err) {
+        throw std::invalid_argument(format("LLAMA_KV_MIXED: %s", err.what()));
+    }
+}

@@ -1,0 +1,90 @@
+#include "llama-kv-mixed-policy.h"
+
+#include <algorithm>
+#include <map>
+#include <tuple>
+
+uint32_t llama_kv_mixed_policy::n_move_max() const {
+    return std::max(1u, std::min(n_hot/4, n_group));
+}
+
+bool llama_kv_mixed_policy::is_over(uint32_t n_used) const {
+    return (double) n_used > (double) threshold*n_hot;
+}
+
+// true when no sequence keeps a candidate older than one of its first n
+static bool is_oldest_first(const std::vector<llama_kv_mixed_cand> & cands, uint32_t n) {
+    std::map<int32_t, int32_t> pos_moved; // sequence -> newest position among the first n
+
+    for (uint32_t i = 0; i < n; ++i) {
+        for (const int32_t s : cands[i].seqs) {
+            const auto it = pos_moved.emplace(s, cands[i].pos).first;
+            it->second = std::max(it->second, cands[i].pos);
+        }
+    }
+
+    for (uint32_t i = n; i < cands.size(); ++i) {
+        for (const int32_t s : cands[i].seqs) {
+            const auto it = pos_moved.find(s);
+            if (it != pos_moved.end() && cands[i].pos < it->second) {
+                return false;
+            }
+        }
+    }
+
+    return true;
+}
+
+std::vector<uint32_t> llama_kv_mixed_policy::select(std::vector<llama_kv_mixed_cand> cands, uint32_t n) {
+    n = std::min<uint32_t>(n, cands.size());
+
+    std::sort(cands.begin(), cands.end(), [](const auto & a, const auto & b) {
+        return std::tie(b.age, a.pos, a.seqs, a.cell) < std::tie(a.age, b.pos, b.seqs, b.cell);
+    });
+
+    // sequences that share later tokens but not the earlier ones can put ages out of order, positions never are
+    if (!is_oldest_first(cands, n)) {
+        std::sort(cands.begin(), cands.end(), [](const auto & a, const auto & b) {
+            return std::tie(a.pos, a.seqs, a.cell) < std::tie(b.pos, b.seqs, b.cell);
+        });
+    }
+
+    std::vector<uint32_t> res(n);
+    for (uint32_t i = 0; i < n; ++i) {
+        res[i] = cands[i].cell;
+    }
+
+    return res;
+}
+
+uint32_t llama_kv_mixed_plan::room(const llama_kv_mixed_policy & policy) const {
+    return policy.n_hot - hot_used + std::min(hot_used - hot_pinned, cold_size - cold_used);
+}
+
+uint32_t llama_kv_mixed_plan::migrate(const llama_kv_mixed_policy & policy, uint32_t n_flight) {
+    const uint32_t n = std::min({ policy.n_move_max(), hot_used - hot_pinned - n_flight, cold_size - cold_used });
+
+    hot_used  -= n;
+    cold_used += n;
+
+    return n;
+}
+
+bool llama_kv_mixed_plan::place(const llama_kv_mixed_policy & policy, uint32_t n, uint32_t n_pinned) {
+    if (n > room(policy)) {
+        return false;
+    }
+
+    while (policy.n_hot - hot_used < n) {
+        migrate(policy, 0);
+    }
+
+    hot_used   += n;
+    hot_pinned += n_pinned;
+
+    if (policy.is_over(hot_used)) {
+        migrate(policy, n - n_pinned);
+    }
+
+    return true;
+}
