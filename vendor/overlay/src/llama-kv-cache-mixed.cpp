@@ -34,7 +34,9 @@ static llama_kv_mixed_params resolve_params(llama_kv_mixed_params params, uint32
     const llama_kv_mixed_policy policy = { params.n_hot, params.n_group, params.n_sink, params.threshold };
 
     if (params.n_cold == 0) {
-        params.n_cold = GGML_PAD(std::max(n_ctx_seq - params.n_hot, policy.n_move_max()), n_pad);
+        const uint32_t n_cold = std::max(n_ctx_seq - params.n_hot, policy.n_move_max());
+
+        params.n_cold = (n_cold + n_pad - 1)/n_pad*n_pad;
     }
 
     if (params.n_hot % n_pad != 0) {
@@ -1148,6 +1150,9 @@ static const char * unsupported_reason(const llama_model & model, const llama_me
     }
     if (hparams.ple_n_heads > 0) {
         return "its n-gram embeddings look up earlier tokens in one cache only";
+    }
+    if (model.arch == LLM_ARCH_PLM) {
+        return "its graph hands V over in a shape that only a transposed V cache takes";
     }
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         return "a context of this type shares its cache with another one";

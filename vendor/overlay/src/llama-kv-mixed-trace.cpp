@@ -29,8 +29,11 @@ void llama_kv_mixed_trace::start(uint32_t n_max, uint32_t flags) {
 }
 
 uint64_t llama_kv_mixed_trace::push(llama_kv_mixed_event event) {
+    bool to_log;
     {
         std::lock_guard<std::mutex> lock(mutex);
+
+        to_log = flags & LLAMA_KV_MIXED_TRACE_LOG;
 
         event.id   = n_events++;
         event.t_us = ggml_time_us();
@@ -44,7 +47,7 @@ uint64_t llama_kv_mixed_trace::push(llama_kv_mixed_event event) {
     }
 
     // outside of the lock: the callback may well read the trace
-    if (flags & LLAMA_KV_MIXED_TRACE_LOG) {
+    if (to_log) {
         log(event);
     }
 

@@ -44,10 +44,11 @@ private:
 
     std::atomic<bool> on { false };
 
-    uint32_t flags = 0;
-    uint32_t n_max = 0;
+    std::atomic<uint32_t> flags { 0 };
 
-    std::mutex mutex;
+    std::mutex mutex; // of all that follows
+
+    uint32_t n_max = 0;
 
     std::deque<llama_kv_mixed_event>       events;
     std::deque<llama_kv_mixed_layer_error> errors;
