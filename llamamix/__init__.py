@@ -1,0 +1,87 @@
+"""llama.cpp with a mixed KV cache: the newest tokens in F16, older ones quantised, attention over both.
+
+    with Model("model.gguf") as model, Context(model, n_ctx=8192) as context:
+        for piece in context.generate("Once upon a time", max_tokens=64):
+            print(piece, end="", flush=True)
+
+Importing loads nothing: the modules come with the first name that is used, the library with the first call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+_MODULES = {
+    "cache": ("CacheError", "Cell", "MixedKVCache", "Tier", "UnifiedKVCache"),
+    "context": ("Context",),
+    "errors": (
+        "ContextError",
+        "ContextFullError",
+        "DecodeAborted",
+        "LibraryError",
+        "LlamamixError",
+        "ModelError",
+        "ParamsError",
+        "PullError",
+    ),
+    "model": ("Model",),
+    "params": ("ContextParams", "KVMixedParams", "ModelParams", "SamplingParams"),
+    "sbatch": ("Batch", "SBatch", "UBatch"),
+    "stats": ("CacheStats", "PerfData"),
+    "trace": ("Trace", "TraceError"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [*sorted(_MODULE_OF), "__version__"]
+
+if TYPE_CHECKING:
+    from .cache import CacheError as CacheError
+    from .cache import Cell as Cell
+    from .cache import MixedKVCache as MixedKVCache
+    from .cache import Tier as Tier
+    from .cache import UnifiedKVCache as UnifiedKVCache
+    from .context import Context as Context
+    from .errors import ContextError as ContextError
+    from .errors import ContextFullError as ContextFullError
+    from .errors import DecodeAborted as DecodeAborted
+    from .errors import LibraryError as LibraryError
+    from .errors import LlamamixError as LlamamixError
+    from .errors import ModelError as ModelError
+    from .errors import ParamsError as ParamsError
+    from .errors import PullError as PullError
+    from .model import Model as Model
+    from .params import ContextParams as ContextParams
+    from .params import KVMixedParams as KVMixedParams
+    from .params import ModelParams as ModelParams
+    from .params import SamplingParams as SamplingParams
+    from .sbatch import Batch as Batch
+    from .sbatch import SBatch as SBatch
+    from .sbatch import UBatch as UBatch
+    from .stats import CacheStats as CacheStats
+    from .stats import PerfData as PerfData
+    from .trace import Trace as Trace
+    from .trace import TraceError as TraceError
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value = _version()
+    elif name in _MODULE_OF:
+        value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("llamamix")
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        return "0+unknown"
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,7 @@
+"""``python -m llamamix``"""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,52 @@
+// The part of libggml's C interface that copies between types are computed with.
+// Plain declarations only, no preprocessor.
+// Upstream's headers (ggml.h, ggml-backend.h) are the original; enums are written as int32_t here.
+
+struct ggml_context;
+struct ggml_tensor;
+struct ggml_cgraph;
+
+typedef struct ggml_backend        * ggml_backend_t;
+typedef struct ggml_backend_buffer * ggml_backend_buffer_t;
+typedef struct ggml_backend_device * ggml_backend_dev_t;
+typedef struct ggml_backend_reg    * ggml_backend_reg_t;
+
+struct ggml_init_params {
+    size_t mem_size;
+    void * mem_buffer;
+    bool   no_alloc;
+};
+
+size_t ggml_type_size(int32_t type);
+size_t ggml_row_size (int32_t type, int64_t ne);
+
+// graphs
+
+size_t ggml_tensor_overhead(void);
+size_t ggml_graph_overhead_custom(size_t size, bool grads);
+
+struct ggml_context * ggml_init(struct ggml_init_params params);
+void                  ggml_free(struct ggml_context * ctx);
+
+struct ggml_tensor * ggml_new_tensor(struct ggml_context * ctx, int32_t type, int n_dims, const int64_t * ne);
+struct ggml_tensor * ggml_cpy       (struct ggml_context * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
+
+struct ggml_cgraph * ggml_new_graph_custom(struct ggml_context * ctx, size_t size, bool grads);
+void                 ggml_build_forward_expand(struct ggml_cgraph * cgraph, struct ggml_tensor * tensor);
+
+// backends
+
+ggml_backend_t     ggml_backend_init_by_type (int32_t type, const char * params);
+void               ggml_backend_free         (ggml_backend_t backend);
+ggml_backend_dev_t ggml_backend_get_device   (ggml_backend_t backend);
+int32_t            ggml_backend_graph_compute(ggml_backend_t backend, struct ggml_cgraph * cgraph);
+
+ggml_backend_reg_t ggml_backend_dev_backend_reg(ggml_backend_dev_t device);
+
+void * ggml_backend_reg_get_proc_address(ggml_backend_reg_t reg, const char * name);
+
+ggml_backend_buffer_t ggml_backend_alloc_ctx_tensors(struct ggml_context * ctx, ggml_backend_t backend);
+void                  ggml_backend_buffer_free      (ggml_backend_buffer_t buffer);
+
+void ggml_backend_tensor_set(      struct ggml_tensor * tensor, const void * data, size_t offset, size_t size);
+void ggml_backend_tensor_get(const struct ggml_tensor * tensor,       void * data, size_t offset, size_t size);

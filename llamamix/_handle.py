@@ -1,0 +1,78 @@
+"""Ownership of C objects: freed once, never while in use, and not before those that depend on them."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from .errors import LlamamixError
+
+
+def _free(free: Callable[[Any], None], pointer: Any, _parent: Any) -> None:
+    free(pointer)  # the arguments have kept the parent until now: the child goes first
+
+
+class Handle:
+    """Owns a C object. Freed by close(), when the last reference goes, or at exit, whichever is first."""
+
+    def __init__(self, pointer: Any, free: Callable[[Any], None], parent: Any = None) -> None:
+        self.pointer = pointer
+        self._finalizer = weakref.finalize(self, _free, free, pointer, parent)
+
+    @property
+    def closed(self) -> bool:
+        return not self._finalizer.alive
+
+    def close(self) -> None:
+        self._finalizer()
+
+
+class ExclusiveHandle(Handle):
+    """A handle whose object one thread uses at a time: ``with handle as pointer``.
+
+    Another thread waits; a callback of the object that comes back to it, and use after close(), raise ``error``.
+    """
+
+    def __init__(
+        self,
+        pointer: Any,
+        free: Callable[[Any], None],
+        parent: Any,
+        name: str,
+        error: type[LlamamixError],
+    ) -> None:
+        super().__init__(pointer, free, parent)
+        self._name = name
+        self._error = error
+        self._lock = threading.Lock()
+        self._user: int | None = None
+
+    def _acquire(self) -> None:
+        if self._user == threading.get_ident():
+            raise self._error(f"The {self._name} is busy: one of its own callbacks must not use it.")
+        self._lock.acquire()
+        self._user = threading.get_ident()
+
+    def _release(self) -> None:
+        self._user = None
+        self._lock.release()
+
+    def __enter__(self) -> Any:
+        self._acquire()
+        if self.closed:
+            self._release()
+            raise self._error(f"The {self._name} is closed.")
+        return self.pointer
+
+    def __exit__(self, *_exc: object) -> None:
+        self._release()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._acquire()
+            try:
+                super().close()
+            finally:
+                self._release()

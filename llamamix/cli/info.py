@@ -1,0 +1,56 @@
+"""llamamix info: what a model's KV cache takes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ._options import add_command, add_kv_mixed, model_path
+from ._output import FORMS, render
+
+
+def register(commands: Any) -> None:
+    parser = add_command(
+        commands, "info", "Show a model's shape and the bytes of its KV cache by type. No weights are loaded."
+    )
+    parser.set_defaults(run=_run)
+    parser.add_argument("model", metavar="MODEL", help="a GGUF file, or a name that 'pull' knows")
+    parser.add_argument("-c", "--ctx-size", type=int, default=0, metavar="N", help="0: from the model (default)")
+    parser.add_argument("-o", "--output", choices=FORMS, default="md", help="default: md")
+    add_kv_mixed(parser)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from ..params import ContextParams, resolve_kv_mixed
+    from ..shape import ModelShape, kv_bytes
+
+    ContextParams(n_ctx=args.ctx_size)
+    kv_mixed = resolve_kv_mixed(args.kv_mixed)
+    shape = ModelShape.from_gguf(model_path(args.model))
+    n_ctx = shape.n_ctx_padded(args.ctx_size)
+
+    plain = {
+        name: (shape.kv_bytes_per_token(name), shape.kv_bytes_per_token(name) * n_ctx)
+        for name in ("f16", "q8_0", "q4_0")
+    }
+    sizes = dict(plain)
+    if kv_mixed is not None:
+        cold = shape.kv_bytes_per_token(kv_mixed.type_cold_k, kv_mixed.type_cold_v)
+        sizes[f"mixed {kv_mixed.spec()}"] = (cold, kv_bytes(shape, n_ctx, kv_mixed))
+    records = [
+        {
+            "arch": shape.arch,
+            "n_layer": shape.n_layer,
+            "n_head": shape.n_head,
+            "n_head_kv": shape.n_head_kv_max,
+            "head_k": shape.head_size_k,
+            "head_v": shape.head_size_v,
+            "n_ctx": n_ctx,
+            "kv_cache": name,
+            "bytes_per_token": per_token,
+            "bytes": total,
+            "ratio": total / plain["f16"][1] if total else 0.0,
+        }
+        for name, (per_token, total) in sizes.items()
+    ]
+    print(render(records, args.output), end="")

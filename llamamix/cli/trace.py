@@ -1,0 +1,409 @@
+"""llamamix trace: what the mixed KV cache does while a model generates, or did in a recorded run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ._options import add_command, add_kv_mixed, add_threads, model_path, start_log
+from ._output import FORMS, render
+
+if TYPE_CHECKING:
+    from ..context import Context
+    from ..trace.recorder import Recorder
+    from ..trace.recording import Header
+
+_UNLIMITED = 2**31 - 1
+_INTERVAL = 0.1  # seconds between two looks at the progress of a run
+_PAUSE_MAX = 2.0  # seconds that a replay waits for the next record
+
+# what the library writes about the cache, and nothing else of its log
+_LOG_LINES = ("[MIXED_CACHE", "llama_kv_cache_mixed: creating ")
+
+
+def register(commands: Any) -> None:
+    parser = add_command(
+        commands, "trace", "Show what the mixed KV cache does while a model generates, or did in a recorded run."
+    )
+    parser.set_defaults(run=_run)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("-m", "--model", metavar="MODEL", help="a GGUF file, or a name that 'pull' knows")
+    source.add_argument("--replay", metavar="FILE", help="look at a run that --jsonl recorded; no model is needed")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("-p", "--prompt", metavar="TEXT")
+    prompt.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file (-: stdin)")
+    parser.add_argument(
+        "-n", "--predict", type=int, default=128, metavar="N",
+        help="tokens to generate, -1: until the model or the context ends (default: 128)",
+    )  # fmt: skip
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+
+    output = parser.add_argument_group("output")
+    form = output.add_mutually_exclusive_group()
+    form.add_argument("--plain", action="store_true", help="lines, no live view (default when stdout is no terminal)")
+    form.add_argument("-o", "--output", choices=FORMS, help="the records on stdout, the summary on stderr")
+    output.add_argument("--jsonl", metavar="FILE", help="record the run, for --replay")
+    output.add_argument("--plot", metavar="FILE", help="draw the timeline, e.g. run.png (needs matplotlib)")
+    output.add_argument("--svg", metavar="FILE", help="save the last state of the live view as a picture")
+    output.add_argument("--layers", action="store_true", help="the quantisation error by layer as well")
+    output.add_argument("--no-error", action="store_true", help="do not measure the quantisation error")
+    output.add_argument(
+        "--speed", type=float, default=1.0, metavar="X", help="of a replay in the live view, 0: at once (default: 1)"
+    )
+
+    context = parser.add_argument_group("context")
+    context.add_argument("-c", "--ctx-size", type=int, default=4096, metavar="N", help="0: the model's (default: 4096)")
+    context.add_argument("-b", "--batch-size", type=int, default=2048, metavar="N", help="default: 2048")
+    context.add_argument("-ub", "--ubatch-size", type=int, default=512, metavar="N", help="default: 512")
+    add_threads(context)
+    context.add_argument("-tb", "--threads-batch", type=int, metavar="N", help="threads for the prompt (default: -t)")
+    context.add_argument("-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N", help="-1: all (default)")
+    context.add_argument("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help="default: f16")
+    context.add_argument("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help="default: f16")
+    context.add_argument("-fa", "--flash-attn", default="auto", metavar="on|off|auto", help="default: auto")
+    add_kv_mixed(context)
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("-s", "--seed", type=int, default=-1, metavar="N", help="-1: another one each time (default)")
+    sampling.add_argument("--temp", type=float, default=0.8, metavar="N", help="0: the likeliest token (default: 0.8)")
+    sampling.add_argument("--top-k", type=int, default=40, metavar="N", help="0: off (default: 40)")
+    sampling.add_argument("--top-p", type=float, default=0.95, metavar="N", help="1: off (default: 0.95)")
+    sampling.add_argument("--min-p", type=float, default=0.05, metavar="N", help="0: off (default: 0.05)")
+    sampling.add_argument("--typical", type=float, default=1.0, metavar="N", help="1: off (default)")
+    sampling.add_argument("--repeat-penalty", type=float, default=1.0, metavar="N", help="1: off (default)")
+    sampling.add_argument("--repeat-last-n", type=int, default=64, metavar="N", help="default: 64")
+    sampling.add_argument("--frequency-penalty", type=float, default=0.0, metavar="N", help="0: off (default)")
+    sampling.add_argument("--presence-penalty", type=float, default=0.0, metavar="N", help="0: off (default)")
+    sampling.add_argument("--grammar", metavar="GBNF", help="grammar that the text must follow")
+
+
+def _run(args: argparse.Namespace) -> None:
+    from ..errors import ParamsError
+    from ..trace.plot import check_matplotlib
+
+    start_log(args)
+    has_prompt = args.prompt is not None or args.file is not None
+    if args.replay and (has_prompt or args.jsonl):
+        raise ParamsError("--replay shows a run that is over; -p, -f and --jsonl are for a new one.")
+    if args.model and not has_prompt:
+        raise ParamsError("A prompt is needed, with -p or -f.")
+    if not 0 <= args.speed < float("inf"):
+        raise ParamsError(f"--speed must be 0 or more, not {args.speed}.")
+    if args.predict != -1 and args.predict < 1:
+        raise ParamsError(f"-n must be -1 or at least 1, not {args.predict}.")
+    if args.plot:
+        check_matplotlib()  # a mistake should not have to wait for the run
+    if args.replay:
+        _replay(args)
+    else:
+        _record(args)
+
+
+#
+# a run of its own
+#
+
+
+def _record(args: argparse.Namespace) -> None:
+    from .. import __version__
+    from ..context import Context
+    from ..errors import ParamsError
+    from ..model import Model
+    from ..params import ContextParams, SamplingParams, resolve_kv_mixed
+    from ..trace.recorder import Recorder
+    from ..trace.recording import FORMAT, VERSION, Header
+    from ..trace.ring import Trace
+
+    if resolve_kv_mixed(args.kv_mixed) is None:
+        raise ParamsError("A trace is about the mixed KV cache; --kv-mixed can not be off.")
+    context_params = {
+        "n_ctx": args.ctx_size,
+        "n_batch": args.batch_size,
+        "n_ubatch": args.ubatch_size,
+        "n_threads": args.threads,
+        "n_threads_batch": args.threads_batch,
+        "flash_attn": args.flash_attn,
+        "type_k": args.cache_type_k,
+        "type_v": args.cache_type_v,
+        "kv_mixed": args.kv_mixed,
+    }
+    ContextParams(**context_params)
+    sampling = SamplingParams(
+        temperature=args.temp,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        typical_p=args.typical,
+        repeat_penalty=args.repeat_penalty,
+        repeat_last_n=args.repeat_last_n,
+        frequency_penalty=args.frequency_penalty,
+        presence_penalty=args.presence_penalty,
+        seed=None if args.seed == -1 else args.seed,
+        grammar=args.grammar,
+    )
+    prompt = args.prompt if args.file is None else _read(args.file)
+    plain = _is_plain(args)
+
+    with (
+        _log_lines(plain) as lines,
+        Model(model_path(args.model), n_gpu_layers=args.n_gpu_layers) as model,
+        Context(model, **context_params) as context,
+        Trace(context, log=plain, measure_error=not args.no_error, layers=args.layers) as trace,
+    ):
+        tokens = model.tokenize(prompt, parse_special=True)
+        n_max = _UNLIMITED if args.predict == -1 else args.predict
+        pieces = context.generate(tokens, n_max, sampling, args.stop)
+        header = Header(
+            format=FORMAT,
+            version=VERSION,
+            llamamix=__version__,
+            model=model.metadata.get("general.name", model.path.name),
+            kv_mixed=trace.params.spec(),
+            n_ctx=context.n_ctx,
+            cache=trace.cache,
+        )
+        with _Output(args, header, lines) as output, _Interrupt() as interrupt:
+            recorder = Recorder(trace, output.add)
+            done = False
+            try:
+                _generate(context, pieces, len(tokens), n_max, recorder, interrupt)
+                done = not interrupt.requested
+            finally:
+                recorder.finish(interrupted=not done)
+                output.finish()
+    if interrupt.requested:
+        raise KeyboardInterrupt
+
+
+def _generate(
+    context: Context, pieces: Iterator[str], n_prompt: int, n_max: int, recorder: Recorder, interrupt: _Interrupt
+) -> None:
+    from ..errors import ContextFullError, DecodeAborted
+
+    text = ""
+    due = 0.0
+    # asking costs time, so only the prompt, which may take long, is asked about it
+    context.set_abort_callback(lambda: interrupt.requested or recorder.failed)
+    try:
+        for piece in pieces:
+            context.set_abort_callback(None)
+            text += piece
+            if time.monotonic() >= due:
+                recorder.progress(_progress(context, n_prompt, text, recorder.trace.now()))
+                due, text = time.monotonic() + _INTERVAL, ""
+            if interrupt.requested:
+                break
+    except DecodeAborted:
+        if not interrupt.requested:
+            raise
+    except ContextFullError:
+        if n_max < _UNLIMITED or context.memory.seq_pos_max() < n_prompt:
+            raise
+    finally:
+        recorder.progress(_progress(context, n_prompt, text, recorder.trace.now()))
+
+
+def _progress(context: Context, n_prompt: int, text: str, t: float) -> Any:
+    from ..trace.recording import Progress
+
+    n_held, stats, perf = context.memory.seq_pos_max() + 1, context.stats, context.perf
+    assert stats is not None  # the trace would not have begun
+    return Progress(
+        t=t,
+        n_in=min(n_held, n_prompt),
+        n_out=max(n_held - n_prompt, 0),
+        hot_used=stats.hot_used,
+        cold_used=stats.cold_used,
+        prefill=perf.p_eval_per_second,
+        decode=perf.eval_per_second,
+        text=text,
+    )
+
+
+class _Interrupt:
+    """Ctrl-C as something to look at between tokens; pressed again it does not wait.
+
+    An exception could come anywhere, and would be lost in a line of the log.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> _Interrupt:
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, *_args: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class _Lines(logging.Handler):
+    """Keeps what is logged about the cache; the decode that it comes from must not wait for whoever reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: deque[str] = deque()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if line.startswith(_LOG_LINES):
+            self.lines.append(line)
+
+
+@contextlib.contextmanager
+def _log_lines(wanted: bool) -> Iterator[deque[str]]:
+    log = logging.getLogger("llamamix")
+    handler = _Lines()
+    if not wanted:
+        yield handler.lines
+        return
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield handler.lines
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def _read(file: str) -> str:
+    if file == "-":
+        return sys.stdin.read()
+    with open(file, encoding="utf-8") as stream:
+        return stream.read()
+
+
+#
+# a recorded run
+#
+
+
+def _replay(args: argparse.Namespace) -> None:
+    from ..trace.recording import read_recording
+
+    header, records = read_recording(args.replay)
+    with _Output(args, header, deque()) as output:
+        t = 0.0
+        try:
+            for record in records:
+                if output.is_live and args.speed > 0:
+                    time.sleep(min((record.t - t) / args.speed, _PAUSE_MAX))
+                    t = record.t
+                output.add([record])
+        except KeyboardInterrupt:
+            output.finish()
+            raise
+        output.finish()
+
+
+#
+# what comes out
+#
+
+
+def _is_plain(args: argparse.Namespace) -> bool:
+    return args.output is None and (args.plain or not sys.stdout.isatty())
+
+
+class _Output:
+    """The live view or the lines of the log, files, and at the end of a run the summary."""
+
+    def __init__(self, args: argparse.Namespace, header: Header, lines: deque[str]) -> None:
+        from ..trace.summary import Summary
+
+        self._args = args
+        self._lines = lines
+        self._records: list[Any] = []
+        self._keep = args.plot or args.output not in (None, "jsonl")
+        self._writers: list[Any] = [sys.stdout] if args.output == "jsonl" else []
+        self._live: Any = None
+        self._drawn = 0.0
+        self.summary = Summary(header)
+        self.is_live = args.output is None and not _is_plain(args)
+
+    def __enter__(self) -> _Output:
+        with contextlib.ExitStack() as stack:
+            if self._args.jsonl:
+                self._writers.append(stack.enter_context(open(self._args.jsonl, "w", encoding="utf-8")))
+            self._write([self.summary.header])
+            if self.is_live:
+                from rich.live import Live
+
+                self._live = stack.enter_context(Live(auto_refresh=False))
+                self._draw()
+            self._stack = stack.pop_all()
+        return self
+
+    def add(self, records: list[Any]) -> None:
+        for record in records:
+            self.summary.add(record)
+        if self._keep:
+            self._records += records
+        self._write(records)
+        self._write_lines()
+        if self._live and time.monotonic() - self._drawn >= _INTERVAL / 2:
+            self._draw()
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stack.close()
+
+    def finish(self) -> None:
+        """Show the last state, and write what is written at the end."""
+        from rich.console import Console
+
+        from ..trace.plot import plot
+        from ..trace.view import svg
+
+        if self._live:
+            self._draw()
+        self._write_lines()
+        self._stack.close()
+        args = self._args
+        if args.output not in (None, "jsonl"):
+            events = [_flat(record) for record in self._records if record.RECORD == "event"]
+            sys.stdout.write(render(events, args.output) if events else "")
+        console = Console(stderr=args.output is not None)
+        for table in self.summary.tables():
+            console.print(table)
+        if args.plot:
+            plot(self.summary.header, self._records, args.plot)
+        if args.svg:
+            with open(args.svg, "w", encoding="utf-8") as file:
+                file.write(svg(self.summary))
+
+    def _write(self, records: list[Any]) -> None:
+        for writer in self._writers:
+            writer.writelines(f"{record.to_json()}\n" for record in records)
+            writer.flush()
+
+    def _write_lines(self) -> None:
+        while self._lines:
+            sys.stdout.write(f"{self._lines.popleft()}\n")
+        sys.stdout.flush()
+
+    def _draw(self) -> None:
+        from ..trace.view import view
+
+        self._live.update(view(self.summary), refresh=True)
+        self._drawn = time.monotonic()
+
+
+def _flat(event: Any) -> dict[str, Any]:
+    """An event as a record of a table."""
+    values = {name: getattr(event, name) for name in event.__dataclass_fields__ if name not in ("RECORD", "layers")}
+    values |= {"kind": event.kind.value, "trigger": event.trigger and event.trigger.value}
+    values["seq_ids"] = " ".join(map(str, event.seq_ids))
+    return {name: "" if value is None else value for name, value in values.items()}

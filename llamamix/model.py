@@ -1,0 +1,394 @@
+"""A GGUF model: its metadata, its tokenizer and its chat template."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ._ffi import error_lines, ffi, lib
+from ._handle import Handle
+from .errors import ModelError, ParamsError
+from .params import ModelParams, from_options
+
+_VOCAB_TYPE_NONE = 0
+_ROPE_TYPES_MULTI = (8, 40)  # LLAMA_ROPE_TYPE_MROPE, LLAMA_ROPE_TYPE_IMROPE: several positions per token
+
+
+def as_tokens(tokens: Any, n_vocab: int) -> np.ndarray:
+    """Token ids as a contiguous int32 array of shape [n], n over 0. Raises ParamsError."""
+    if isinstance(tokens, (str, bytes)):
+        raise ParamsError("Tokens must be token ids, not text; tokenize it first.")
+    if isinstance(tokens, Iterable) and not isinstance(tokens, (Sequence, np.ndarray)):
+        tokens = list(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError:
+        raise ParamsError("Tokens must be a flat list of token ids.") from None
+    if array.ndim != 1:
+        raise ParamsError(f"Tokens must have one dimension, not {array.ndim}.")
+    if array.size == 0:
+        raise ParamsError("There are no tokens.")
+    if array.dtype.kind not in "iu":
+        raise ParamsError(f"Tokens must be whole numbers, not {array.dtype}.")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= n_vocab:
+        bad = low if low < 0 else high
+        raise ParamsError(f"Token {bad} is not in the vocabulary (0 to {n_vocab - 1}).")
+    return np.ascontiguousarray(array, np.int32)
+
+
+def _utf8(text: Any, what: str) -> bytes:
+    if not isinstance(text, str):
+        raise ParamsError(f"{what} must be a str, not {type(text).__name__}.")
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ParamsError(f"{what} has half of a surrogate pair, which UTF-8 can not encode.") from None
+    if len(data) >= 2**31:
+        raise ParamsError(f"{what} is longer than 2 GiB.")
+    return data
+
+
+def _c_string(text: Any, what: str) -> bytes:
+    data = _utf8(text, what)
+    if b"\0" in data:
+        raise ParamsError(f"{what} has a NUL character.")
+    return data
+
+
+class Model:
+    """A model loaded from a GGUF file; ``params`` are the fields of ModelParams.
+
+    close() (or the end of a ``with`` block) makes the object unusable at once. The weights stay in memory until the
+    last context made from it is closed too.
+
+    Raises ModelError when the file can not be loaded, ParamsError for a parameter that can not be used.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | bytes, **params: Any) -> None:
+        self._handle: Handle | None = None
+        self.params: ModelParams = from_options(ModelParams, params)
+        self.path = _check_path(path)
+
+        with error_lines() as errors:
+            pointer = lib.llama_model_load_from_file(_path_bytes(self.path), self.params.to_c())
+            if pointer != ffi.NULL:
+                self._handle = Handle(pointer, lib.llama_model_free)
+        if self._handle is None:
+            raise ModelError(f"{self.path} can not be loaded: {errors.reason() or 'libllama gives no reason'}.")
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Model {self.path.name}{'' if self._handle else ' (closed)'}>"
+
+    def close(self) -> None:
+        """Give the model up. Closing twice is fine."""
+        self._handle = None  # contexts hold the handle too
+
+    def handle(self) -> Handle:
+        """What keeps the C object alive. Raises ModelError when closed."""
+        if self._handle is None:
+            raise ModelError("The model is closed.")
+        return self._handle
+
+    #
+    # what it is
+    #
+
+    def _get(self, function: str) -> int:
+        handle = self.handle()
+        return int(getattr(lib, function)(handle.pointer))
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Tokens of context that it was trained with."""
+        return self._get("llama_model_n_ctx_train")
+
+    @property
+    def n_layer(self) -> int:
+        return self._get("llama_model_n_layer")
+
+    @property
+    def n_head(self) -> int:
+        """Query heads of the first layer."""
+        return self._get("llama_model_n_head")
+
+    @property
+    def n_head_kv(self) -> int:
+        """K/V heads of the first layer."""
+        return self._get("llama_model_n_head_kv")
+
+    @property
+    def n_embd(self) -> int:
+        """Width of the hidden state."""
+        return self._get("llama_model_n_embd")
+
+    @property
+    def n_embd_out(self) -> int:
+        """Width of an output embedding."""
+        return self._get("llama_model_n_embd_out")
+
+    @property
+    def n_swa(self) -> int:
+        """Tokens in the sliding window of layers that have one, 0: none have."""
+        return self._get("llama_model_n_swa")
+
+    @property
+    def n_cls_out(self) -> int:
+        """Scores that a reranking model gives."""
+        return self._get("llama_model_n_cls_out")
+
+    @property
+    def n_params(self) -> int:
+        """Number of weights."""
+        return self._get("llama_model_n_params")
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return self._get("llama_model_size")
+
+    @property
+    def has_encoder(self) -> bool:
+        return bool(self._get("llama_model_has_encoder"))
+
+    @property
+    def is_recurrent(self) -> bool:
+        return bool(self._get("llama_model_is_recurrent"))
+
+    @property
+    def has_multi_pos(self) -> bool:
+        """True when a token has several positions (M-RoPE)."""
+        return self._get("llama_model_rope_type") in _ROPE_TYPES_MULTI
+
+    @property
+    def desc(self) -> str:
+        """Architecture, size and type, e.g. "llama 135M Q4_1"."""
+        handle = self.handle()
+        return _read_string(lib.llama_model_desc, handle.pointer)
+
+    @cached_property
+    def metadata(self) -> Mapping[str, str]:
+        """The GGUF file's metadata as text, by key; arrays are left out."""
+        handle = self.handle()
+        keys, values = lib.llama_model_meta_key_by_index, lib.llama_model_meta_val_str_by_index
+        return {
+            _read_string(keys, handle.pointer, i): _read_string(values, handle.pointer, i)
+            for i in range(lib.llama_model_meta_count(handle.pointer))
+        }
+
+    def head_sizes(self) -> tuple[int, int]:
+        """Elements of one K head and of one V head."""
+        arch = self.metadata.get("general.architecture", "")
+        default = self.n_embd // self.n_head if self.n_head else 0
+        k, v = (self.metadata.get(f"{arch}.attention.{name}") for name in ("key_length", "value_length"))
+        return int(k or default), int(v or default)
+
+    #
+    # tokenizer
+    #
+
+    @property
+    def n_vocab(self) -> int:
+        """Tokens in the vocabulary."""
+        handle = self.handle()
+        return int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(handle.pointer)))
+
+    def _vocab(self, handle: Handle) -> Any:
+        vocab = lib.llama_model_get_vocab(handle.pointer)
+        if lib.llama_vocab_type(vocab) == _VOCAB_TYPE_NONE:
+            raise ModelError(f"{self.path.name} has no tokenizer.")
+        return vocab
+
+    def _special(self, name: str) -> int | None:
+        handle = self.handle()
+        token = getattr(lib, f"llama_vocab_{name}")(self._vocab(handle))
+        return None if token < 0 else int(token)
+
+    @property
+    def bos(self) -> int | None:
+        """Token that begins a text, None: there is none."""
+        return self._special("bos")
+
+    @property
+    def eos(self) -> int | None:
+        """Token that ends a text, None: there is none."""
+        return self._special("eos")
+
+    @property
+    def eot(self) -> int | None:
+        """Token that ends a turn of a chat, None: there is none."""
+        return self._special("eot")
+
+    @property
+    def nl(self) -> int | None:
+        """Token for a new line, None: there is none."""
+        return self._special("nl")
+
+    @property
+    def pad(self) -> int | None:
+        """Token that pads, None: there is none."""
+        return self._special("pad")
+
+    def is_eog(self, token: int) -> bool:
+        """True when the token ends generation (end of text, end of turn, ...)."""
+        (token,) = as_tokens([token], self.n_vocab)
+        handle = self.handle()
+        return bool(lib.llama_vocab_is_eog(lib.llama_model_get_vocab(handle.pointer), int(token)))
+
+    def tokenize(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        add_special    add the tokens that begin and end a text, where the model asks for them
+        parse_special  read the names of special tokens in the text as those tokens
+
+        Raises ParamsError for what is not text, ModelError when the model has no tokenizer.
+        """
+        data = _utf8(text, "The text")
+        handle = self.handle()
+        vocab = self._vocab(handle)
+        n_max = len(data) + 8  # a token is a byte or more
+        while True:
+            tokens = ffi.new("int32_t[]", n_max)
+            n = lib.llama_tokenize(vocab, data, len(data), tokens, n_max, bool(add_special), bool(parse_special))
+            if n >= 0:
+                return ffi.unpack(tokens, n) if n else []
+            if n == -(2**31):
+                raise ParamsError("The text has more tokens than can be counted.")
+            n_max = -n
+
+    def detokenize(self, tokens: Any, remove_special: bool = False, unparse_special: bool = False) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD.
+
+        remove_special   leave out the tokens that tokenize() adds
+        unparse_special  write the names of special tokens; False: nothing for them
+
+        Raises ParamsError for a token that is not in the vocabulary.
+        """
+        if not isinstance(tokens, np.ndarray):
+            tokens = list(tokens)
+        if len(tokens) == 0:
+            return ""
+        array = as_tokens(tokens, self.n_vocab)
+        handle = self.handle()
+        vocab = self._vocab(handle)
+        c_tokens = ffi.from_buffer("int32_t[]", array)
+        n_max = 8 * len(array) + 16
+        while True:
+            text = ffi.new("char[]", n_max)
+            n = lib.llama_detokenize(
+                vocab, c_tokens, len(array), text, n_max, bool(remove_special), bool(unparse_special)
+            )
+            if n >= 0:
+                return ffi.buffer(text, n)[:].decode("utf-8", "replace")
+            n_max = -n
+
+    def token_to_piece(self, token: int, special: bool = False) -> bytes:
+        """The bytes that a token adds to a text; special tokens are empty unless ``special``."""
+        (token,) = as_tokens([token], self.n_vocab)
+        handle = self.handle()
+        vocab = self._vocab(handle)
+        n_max = 64
+        while True:
+            piece = ffi.new("char[]", n_max)
+            n = lib.llama_token_to_piece(vocab, int(token), piece, n_max, 0, bool(special))
+            if n >= 0:
+                return bytes(ffi.buffer(piece, n))
+            n_max = -n
+
+    #
+    # chat
+    #
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template in the file, None: there is none."""
+        handle = self.handle()
+        template = lib.llama_model_chat_template(handle.pointer, ffi.NULL)
+        return None if template == ffi.NULL else ffi.string(template).decode("utf-8", "replace")
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+    ) -> str:
+        """Messages, each ``{"role": ..., "content": ...}``, as one text for tokenize(..., parse_special=True).
+
+        add_generation_prompt  end with what starts the assistant's answer
+        template               the name of a template that llama.cpp knows ("chatml", ...), None: the model's own
+
+        Raises ModelError when the model has no template or llama.cpp does not know it.
+        """
+        if template is None:
+            template = self.chat_template
+            if template is None:
+                raise ModelError(f"{self.path.name} has no chat template; name one, such as 'chatml'.")
+        c_template = _c_string(template, "The template")
+
+        messages = list(messages)
+        if not messages:
+            raise ParamsError("There are no messages.")
+        strings = []  # cffi keeps only the array of pointers alive
+        chat = ffi.new("struct llama_chat_message[]", len(messages))
+        for c_message, message in zip(chat, messages, strict=True):
+            if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+                raise ParamsError(f"A message must have a role and a content, nothing else: {message!r}.")
+            for key in ("role", "content"):
+                strings.append(ffi.new("char[]", _c_string(message[key], f"The {key} of a message")))
+                setattr(c_message, key, strings[-1])
+
+        n_max = 2 * sum(len(s) for s in strings) + 1024
+        while True:
+            text = ffi.new("char[]", n_max)
+            n = lib.llama_chat_apply_template(c_template, chat, len(messages), bool(add_generation_prompt), text, n_max)
+            if n < 0:
+                raise ModelError(f"llama.cpp does not know the chat template {template[:60]!r}.")
+            if n <= n_max:
+                return ffi.buffer(text, n)[:].decode("utf-8", "replace")
+            n_max = n
+
+
+def _read_string(function: Any, *args: Any) -> str:
+    """The text that a C function writes into a buffer, its last two arguments, like snprintf()."""
+    size = 256
+    while True:
+        buf = ffi.new("char[]", size)
+        n = function(*args, buf, size)
+        if n < size:
+            return ffi.string(buf).decode("utf-8", "replace") if n > 0 else ""
+        size = n + 1
+
+
+def _check_path(path: Any) -> Path:
+    try:
+        path = Path(os.fsdecode(path))
+    except (TypeError, ValueError):
+        raise ParamsError(f"A model's path must be a str or a path, not {path!r}.") from None
+    if "\0" in str(path):
+        raise ParamsError("A model's path can not have a NUL character.")
+    if path.is_dir():
+        raise ModelError(f"{path} is a directory, not a GGUF file.")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelError(f"{path} can not be read: {error.strerror}.") from None
+    if magic != b"GGUF":
+        raise ModelError(f"{path} is not a GGUF file.")
+    return path
+
+
+def _path_bytes(path: Path) -> bytes:
+    # llama.cpp takes UTF-8 on Windows, and what the file system has elsewhere
+    return str(path).encode("utf-8") if os.name == "nt" else os.fsencode(path)

@@ -1,0 +1,428 @@
+"""Parameters of models, contexts, the mixed KV cache and sampling: frozen dataclasses that refuse what can not work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from ._ffi import ffi, lib
+from .errors import ParamsError
+
+#: ggml's name and number of every type that a KV cache can have
+KV_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q4_0": 2,
+    "q4_1": 3,
+    "iq4_nl": 20,
+    "q5_0": 6,
+    "q5_1": 7,
+}
+_KV_TYPE_NAMES = {number: name for name, number in KV_TYPES.items()}
+
+_UINT32_MAX = 2**32 - 1
+_COUNT_MAX = 10**9 - 1  # nine digits, the most that the text form of the mixed parameters has
+N_THREADS_MAX = 512  # GGML_MAX_N_THREADS
+_N_SEQ_MAX = 256  # LLAMA_MAX_SEQ
+
+FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
+POOLING = {"unspecified": -1, "none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
+SPLIT_MODE = {"none": 0, "layer": 1, "row": 2}
+LOAD_MODE = {"auto": -1, "none": 0, "mmap": 1, "mlock": 2, "mmap+mlock": 3, "dio": 4}
+
+_REAL = (int, float, np.integer, np.floating)
+
+RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
+
+
+def kv_type_name(number: int) -> str:
+    """ggml's name of a KV cache type given its number."""
+    return _KV_TYPE_NAMES[number]
+
+
+#
+# checks
+#
+
+
+def check_int(value: Any, name: str, low: int, high: int) -> int:
+    """A whole number within bounds. Raises ParamsError."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ParamsError(f"{name} must be a whole number, not {value!r}.")
+    if not low <= value <= high:
+        raise ParamsError(f"{name} must be from {low} to {high}, not {value}.")
+    return int(value)
+
+
+def _check_int(params: Any, name: str, low: int, high: int) -> None:
+    check_int(getattr(params, name), name, low, high)
+
+
+def _check_float(params: Any, name: str, low: float = -math.inf, high: float = math.inf) -> None:
+    value = getattr(params, name)
+    if isinstance(value, bool) or not isinstance(value, _REAL) or not math.isfinite(value):
+        raise ParamsError(f"{name} must be a finite number, not {value!r}.")
+    if not low <= value <= high:
+        raise ParamsError(f"{name} must be from {low:g} to {high:g}, not {value:g}.")
+
+
+def _check_bool(params: Any, name: str) -> None:
+    if not isinstance(getattr(params, name), bool):
+        raise ParamsError(f"{name} must be True or False, not {getattr(params, name)!r}.")
+
+
+def _check_name(params: Any, name: str, names: Mapping[str, int]) -> None:
+    value = getattr(params, name)
+    if not isinstance(value, str) or value not in names:
+        raise ParamsError(f"{name} must be one of {', '.join(names)}, not {value!r}.")
+
+
+def _reject_unknown(cls: type, options: Mapping[str, Any]) -> None:
+    known = [f.name for f in fields(cls)]
+    for name in options:
+        if name not in known:
+            raise ParamsError(f"{name} is not an option of {cls.__name__}; it has {', '.join(known)}.")
+
+
+def from_options(cls: type, options: Mapping[str, Any]) -> Any:
+    """An instance of a parameter class; a name that it does not have raises ParamsError."""
+    _reject_unknown(cls, options)
+    return cls(**options)
+
+
+#
+# mixed KV cache
+#
+
+
+@dataclass(frozen=True, slots=True)
+class KVMixedParams:
+    """How a mixed KV cache is shaped.
+
+    hot        cells per stream that hold the newest tokens in the context's ``type_k`` and ``type_v`` (F16)
+    cold       ggml type of the older tokens
+    cold_k     the same for K alone, None: ``cold``
+    cold_v     the same for V alone, None: ``cold``
+    group      the most tokens that one migration moves (never more than a quarter of ``hot``)
+    threshold  migrate when hot use passes this share of ``hot``, over 0 and at most 1
+    sink       the first positions of every sequence, which stay hot
+    cold_size  cold cells per stream, 0: what the context needs beyond ``hot``
+
+    Raises ParamsError.
+    """
+
+    hot: int = 512
+    cold: str = "q4_0"
+    cold_k: str | None = None
+    cold_v: str | None = None
+    group: int = 128
+    threshold: float = 0.8
+    sink: int = 4
+    cold_size: int = 0
+
+    def __post_init__(self) -> None:
+        _check_int(self, "hot", 1, _COUNT_MAX)
+        _check_int(self, "group", 1, _COUNT_MAX)
+        _check_int(self, "sink", 0, _COUNT_MAX)
+        _check_int(self, "cold_size", 0, _COUNT_MAX)
+        if self.sink >= self.hot:
+            raise ParamsError(f"sink must be less than hot ({self.hot}), not {self.sink}.")
+        _check_float(self, "threshold")
+        # what the library keeps is a float, so that is the value here too
+        object.__setattr__(self, "threshold", float(str(np.float32(self.threshold))))
+        if not 0 < self.threshold <= 1:
+            raise ParamsError(f"threshold must be over 0 and at most 1, not {self.threshold:g}.")
+        _check_name(self, "cold", KV_TYPES)
+        for name in ("cold_k", "cold_v"):
+            if getattr(self, name) is not None:
+                _check_name(self, name, KV_TYPES)
+
+    @property
+    def type_cold_k(self) -> str:
+        """ggml type of cold K rows."""
+        return self.cold_k or self.cold
+
+    @property
+    def type_cold_v(self) -> str:
+        """ggml type of cold V rows."""
+        return self.cold_v or self.cold
+
+    def cells(self, n_ctx_seq: int) -> tuple[int, int]:
+        """Hot and cold cells of a stream for so many tokens of context."""
+        n_hot = min(self.hot, n_ctx_seq)
+        n_move_max = max(1, min(n_hot // 4, self.group))  # cold has room for a migration in any case
+        return n_hot, self.cold_size or max(n_ctx_seq - n_hot, n_move_max)
+
+    @classmethod
+    def parse(cls, spec: str) -> KVMixedParams:
+        """Read a text such as ``"hot=512,cold=q4_0"`` (``"1"``: the defaults), by the grammar of LLAMA_KV_MIXED.
+
+        Raises ParamsError with the library's sentence.
+        """
+        if not isinstance(spec, str) or "\0" in spec:
+            raise ParamsError(
+                f"The mixed KV cache's parameters must be a text such as 'hot=512,cold=q4_0', not {spec!r}."
+            )
+        c_params = ffi.new("struct llama_kv_mixed_params *")
+        c_params.struct_size = ffi.sizeof(c_params[0])
+        if lib.llama_kv_mixed_params_parse(spec.encode("utf-8", "replace"), c_params) != 0:
+            reason = ffi.string(lib.llama_kv_mixed_last_error()).decode("utf-8", "replace")
+            raise ParamsError(f"kv_mixed can not be {spec!r}: {reason}.")
+        return cls.from_c(c_params)
+
+    def spec(self) -> str:
+        """The text that parse() reads back to the same cache."""
+        k, v = self.type_cold_k, self.type_cold_v
+        cold = f"cold={k}" if k == v else f"cold_k={k},cold_v={v}"
+        size = f",cold_size={self.cold_size}" if self.cold_size else ""
+        return f"hot={self.hot},{cold},group={self.group},threshold={self.threshold},sink={self.sink}{size}"
+
+    @classmethod
+    def from_c(cls, c_params: Any) -> KVMixedParams:
+        """From a ``struct llama_kv_mixed_params *``."""
+        k, v = kv_type_name(c_params.type_cold_k), kv_type_name(c_params.type_cold_v)
+        return cls(
+            hot=c_params.n_hot,
+            **({"cold": k} if k == v else {"cold_k": k, "cold_v": v}),
+            group=c_params.n_group,
+            threshold=c_params.threshold,
+            sink=c_params.n_sink,
+            cold_size=c_params.n_cold,
+        )
+
+    def to_c(self) -> Any:
+        """As a ``struct llama_kv_mixed_params *``."""
+        c_params = ffi.new("struct llama_kv_mixed_params *")
+        c_params.struct_size = ffi.sizeof(c_params[0])
+        c_params.n_hot = self.hot
+        c_params.n_cold = self.cold_size
+        c_params.n_group = self.group
+        c_params.n_sink = self.sink
+        c_params.threshold = self.threshold
+        c_params.type_cold_k = KV_TYPES[self.type_cold_k]
+        c_params.type_cold_v = KV_TYPES[self.type_cold_v]
+        return c_params
+
+
+def resolve_kv_mixed(value: KVMixedParams | bool | str) -> KVMixedParams | None:
+    """What ``kv_mixed`` asks for: True the defaults, a text by its grammar, False (or "off") a plain cache, as None."""
+    if value is True:
+        return KVMixedParams()
+    if value is False or value == "off":
+        return None
+    if isinstance(value, str):
+        return KVMixedParams.parse(value)
+    if isinstance(value, KVMixedParams):
+        return value
+    raise ParamsError(f"kv_mixed must be a KVMixedParams, a text, True or False, not {value!r}.")
+
+
+#
+# model and context
+#
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParams:
+    """How a model is loaded.
+
+    n_gpu_layers     layers to keep in GPU memory, -1: all
+    main_gpu         the GPU that holds the model when ``split_mode`` is "none"
+    split_mode       over several GPUs: none, layer or row
+    load_mode        auto, none, mmap, mlock, mmap+mlock or dio
+    check_tensors    look for values that are not numbers while loading
+    use_extra_bufts  repack weights for the CPU where that is faster
+    vocab_only       load the tokenizer and the metadata, no weights
+
+    Raises ParamsError.
+    """
+
+    n_gpu_layers: int = -1
+    main_gpu: int = 0
+    split_mode: Literal["none", "layer", "row"] = "layer"
+    load_mode: Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"] = "auto"
+    check_tensors: bool = False
+    use_extra_bufts: bool = True
+    vocab_only: bool = False
+
+    def __post_init__(self) -> None:
+        _check_int(self, "n_gpu_layers", -1, 2**31 - 1)
+        _check_int(self, "main_gpu", 0, 255)
+        _check_name(self, "split_mode", SPLIT_MODE)
+        _check_name(self, "load_mode", LOAD_MODE)
+        for name in ("check_tensors", "use_extra_bufts", "vocab_only"):
+            _check_bool(self, name)
+
+    def to_c(self) -> Any:
+        """As a ``struct llama_model_params``."""
+        c_params = lib.llama_model_default_params()
+        c_params.n_gpu_layers = self.n_gpu_layers
+        c_params.main_gpu = self.main_gpu
+        c_params.split_mode = SPLIT_MODE[self.split_mode]
+        c_params.load_mode = LOAD_MODE[self.load_mode]
+        c_params.check_tensors = self.check_tensors
+        c_params.use_extra_bufts = self.use_extra_bufts
+        c_params.vocab_only = self.vocab_only
+        return c_params
+
+
+@dataclass(frozen=True, slots=True)
+class ContextParams:
+    """How a context is made.
+
+    n_ctx            cells of the KV cache, rounded up to a multiple of 256; 0: the context the model was trained with
+    n_batch          the most tokens that one call of llama_decode() gets (longer input is split)
+    n_ubatch         the most tokens that one graph computes
+    n_seq_max        sequences; their ids are 0 to n_seq_max - 1
+    n_threads        for single tokens, None: as many as this process may use
+    n_threads_batch  for batches, None: n_threads
+    flash_attn       auto, on or off
+    type_k, type_v   ggml types of the cache's rows (of the hot rows when it is a mixed one)
+    kv_unified       one buffer shared by all sequences; False: n_ctx is divided between them
+    offload_kqv      keep the KV cache and its operations on the GPU
+    op_offload       compute large operations on weights in host memory on the GPU
+    swa_full         full-size cache for layers with sliding windows
+    embeddings       keep the embeddings of all tokens
+    pooling          unspecified (from the model), none, mean, cls, last or rank
+    rope_freq_base   0: from the model
+    rope_freq_scale  0: from the model
+    kv_mixed         the mixed KV cache: True for its defaults, KVMixedParams, a text such as "hot=256,cold=q8_0",
+                     or False for a plain one. LLAMA_KV_MIXED has no say here.
+
+    Raises ParamsError.
+    """
+
+    n_ctx: int = 4096
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    n_seq_max: int = 1
+    n_threads: int | None = None
+    n_threads_batch: int | None = None
+    flash_attn: Literal["auto", "on", "off"] = "auto"
+    type_k: str = "f16"
+    type_v: str = "f16"
+    kv_unified: bool = False
+    offload_kqv: bool = True
+    op_offload: bool = True
+    swa_full: bool = True
+    embeddings: bool = False
+    pooling: Literal["unspecified", "none", "mean", "cls", "last", "rank"] = "unspecified"
+    rope_freq_base: float = 0.0
+    rope_freq_scale: float = 0.0
+    kv_mixed: KVMixedParams | bool | str = True
+
+    def __post_init__(self) -> None:
+        _check_int(self, "n_ctx", 0, 2**31 - 256)
+        _check_int(self, "n_batch", 1, 2**31 - 1)
+        _check_int(self, "n_ubatch", 1, 2**31 - 1)
+        _check_int(self, "n_seq_max", 1, _N_SEQ_MAX)
+        for name in ("n_threads", "n_threads_batch"):
+            if getattr(self, name) is not None:
+                _check_int(self, name, 1, N_THREADS_MAX)
+        _check_name(self, "flash_attn", FLASH_ATTN)
+        _check_name(self, "type_k", KV_TYPES)
+        _check_name(self, "type_v", KV_TYPES)
+        _check_name(self, "pooling", POOLING)
+        for name in ("kv_unified", "offload_kqv", "op_offload", "swa_full", "embeddings"):
+            _check_bool(self, name)
+        _check_float(self, "rope_freq_base", 0.0)
+        _check_float(self, "rope_freq_scale", 0.0)
+        if not isinstance(self.kv_mixed, (KVMixedParams, bool, str)):
+            resolve_kv_mixed(self.kv_mixed)
+
+    def to_c(self, n_threads: int) -> Any:
+        """As a ``struct llama_context_params``, with ``n_threads`` where the parameters leave it open."""
+        c_params = lib.llama_context_default_params()
+        c_params.n_ctx = self.n_ctx
+        c_params.n_batch = self.n_batch
+        c_params.n_ubatch = self.n_ubatch
+        c_params.n_seq_max = self.n_seq_max
+        c_params.n_threads = self.n_threads or n_threads
+        c_params.n_threads_batch = self.n_threads_batch or c_params.n_threads
+        c_params.flash_attn_type = FLASH_ATTN[self.flash_attn]
+        c_params.type_k = KV_TYPES[self.type_k]
+        c_params.type_v = KV_TYPES[self.type_v]
+        c_params.kv_unified = self.kv_unified
+        c_params.offload_kqv = self.offload_kqv
+        c_params.op_offload = self.op_offload
+        c_params.swa_full = self.swa_full
+        c_params.embeddings = self.embeddings
+        c_params.pooling_type = POOLING[self.pooling]
+        c_params.rope_freq_base = self.rope_freq_base
+        c_params.rope_freq_scale = self.rope_freq_scale
+        c_params.no_perf = False
+        return c_params
+
+
+#
+# sampling
+#
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn from the logits; the defaults are llama.cpp's.
+
+    temperature        0: always the most likely token
+    top_k              keep the k most likely, 0: all
+    top_p              keep the most likely whose probabilities sum up to p, 1: all
+    min_p              drop those less likely than p times the most likely, 0: none
+    typical_p          locally typical sampling, 1: off
+    repeat_penalty     divides the logits of recent tokens, 1: off
+    frequency_penalty  subtracted per recent occurrence
+    presence_penalty   subtracted when it occurred at all
+    repeat_last_n      how many tokens are recent, 0: penalties off
+    seed               0 to 2**32 - 2, None: a different one each time
+    grammar            GBNF text with a rule named root, None: none
+    logit_bias         token id → number that is added to its logit (-inf bans it)
+
+    Raises ParamsError.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repeat_last_n: int = 64
+    seed: int | None = None
+    grammar: str | None = None
+    logit_bias: Mapping[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        _check_float(self, "temperature", 0.0)
+        _check_int(self, "top_k", 0, 2**31 - 1)
+        for name in ("top_p", "min_p", "typical_p"):
+            _check_float(self, name, 0.0, 1.0)
+        _check_float(self, "repeat_penalty")
+        if self.repeat_penalty <= 0:
+            raise ParamsError(f"repeat_penalty must be over 0, not {self.repeat_penalty:g}.")
+        _check_float(self, "frequency_penalty")
+        _check_float(self, "presence_penalty")
+        _check_int(self, "repeat_last_n", 0, 2**20)
+        if self.seed is not None:
+            _check_int(self, "seed", 0, RANDOM_SEED - 1)
+        if self.grammar is not None and (
+            not isinstance(self.grammar, str) or not self.grammar.strip() or "\0" in self.grammar
+        ):
+            raise ParamsError("grammar must be a GBNF text, or None.")
+        self._check_logit_bias()
+
+    def _check_logit_bias(self) -> None:
+        if self.logit_bias is None:
+            return
+        if not isinstance(self.logit_bias, Mapping):
+            raise ParamsError(f"logit_bias must map token ids to numbers, not be {self.logit_bias!r}.")
+        for token, bias in self.logit_bias.items():
+            whole = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
+            if not whole or not isinstance(bias, _REAL) or math.isnan(bias) or bias == math.inf:
+                raise ParamsError(f"logit_bias must map token ids to numbers, not {token!r} to {bias!r}.")

@@ -1,0 +1,99 @@
+"""What a context reports about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .params import kv_type_name
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """What a mixed KV cache holds and has done so far.
+
+    n_stream                   streams: 1 when unified, else one per sequence
+    n_layer                    layers that hold K/V
+    hot_size, hot_used         cells, all streams together
+    cold_size, cold_used       cells, all streams together
+    type_hot_k, type_hot_v     ggml types
+    type_cold_k, type_cold_v   ggml types
+    bytes_hot, bytes_cold      bytes allocated
+    bytes_plain                bytes that a plain cache of the hot types takes for the same context
+    n_migrations               migrations that were completed
+    n_tokens_moved             cells moved from hot to cold
+    n_refused                  batches refused because hot and cold were full
+    t_migrate_us               microseconds spent moving
+    """
+
+    n_stream: int
+    n_layer: int
+    hot_size: int
+    hot_used: int
+    cold_size: int
+    cold_used: int
+    type_hot_k: str
+    type_hot_v: str
+    type_cold_k: str
+    type_cold_v: str
+    bytes_hot: int
+    bytes_cold: int
+    bytes_plain: int
+    n_migrations: int
+    n_tokens_moved: int
+    n_refused: int
+    t_migrate_us: int
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes allocated, hot and cold."""
+        return self.bytes_hot + self.bytes_cold
+
+    @property
+    def ratio(self) -> float:
+        """Bytes allocated as a share of a plain cache's."""
+        return self.bytes_total / self.bytes_plain
+
+    @classmethod
+    def from_c(cls, c_stats: Any) -> CacheStats:
+        """From a ``struct llama_kv_mixed_stats``."""
+        values = {name: getattr(c_stats, name) for name in cls.__dataclass_fields__}
+        types = {name: kv_type_name(number) for name, number in values.items() if name.startswith("type_")}
+        return cls(**(values | types))
+
+
+@dataclass(frozen=True, slots=True)
+class PerfData:
+    """What a context has computed since it was made or perf_reset() was called. Times are milliseconds.
+
+    n_p_eval, t_p_eval_ms  tokens in batches (prefill), and their time
+    n_eval, t_eval_ms      tokens decoded one by one, and their time
+    t_load_ms              time the model took to load
+    n_reused               compute graphs that were reused
+    """
+
+    n_p_eval: int
+    n_eval: int
+    n_reused: int
+    t_load_ms: float
+    t_p_eval_ms: float
+    t_eval_ms: float
+
+    @property
+    def p_eval_per_second(self) -> float:
+        """Prefill, tokens per second, 0 when there was none."""
+        return 1e3 * self.n_p_eval / self.t_p_eval_ms if self.t_p_eval_ms > 0 else 0.0
+
+    @property
+    def eval_per_second(self) -> float:
+        """Decode, tokens per second, 0 when there was none."""
+        return 1e3 * self.n_eval / self.t_eval_ms if self.t_eval_ms > 0 else 0.0
+
+    @classmethod
+    def from_c(cls, c_perf: Any) -> PerfData:
+        """From a ``struct llama_perf_context_data``."""
+        values = {name: getattr(c_perf, name) for name in cls.__dataclass_fields__}
+        for count, time in (("n_p_eval", "t_p_eval_ms"), ("n_eval", "t_eval_ms")):
+            if values[time] == 0:  # libllama reports 1 where there was none
+                values[count] = 0
+        return cls(**values)
