@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,9 +110,10 @@ class UBatch:
     seq_id: tuple[tuple[int, ...], ...]
     output: np.ndarray
 
-    source: SBatch  # for a cache's find_slot()
-    n_reset: int  # the source's at the time of the split
-    index: int
+    # for a cache's find_slot()
+    source: SBatch = field(repr=False)
+    n_reset: int = field(repr=False)  # the source's at the time of the split
+    index: int = field(repr=False)
 
     def __len__(self) -> int:
         return self.n_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -556,6 +557,40 @@ def test_cache_of_a_context_shows_its_rows(make_context: Callable[..., Context])
     assert context.memory.seq_pos_max() == 19
     context.decode(list(range(100, 180)))
     assert context.stats.hot_used == cache.hot.used
+
+
+def test_rows_follow_a_copy_between_streams_with_the_next_decode(make_context: Callable[..., Context]) -> None:
+    context = make_context(kv_mixed="hot=16,group=4,sink=0", n_seq_max=2, n_ctx=512)
+    context.decode(list(range(100, 130)))
+    cache = MixedKVCache.from_context(context)
+    cache.seq_cp(0, 1)
+    assert positions(cache, 1) == positions(cache, 0)
+    assert not cache.cold.get_k(1, 1).data.any()
+    context.decode([1], seq_id=0)
+    for tier in (cache.hot, cache.cold):
+        k, v = tier.get_k(1), tier.get_v(1)
+        for cell in tier.cells(1):
+            np.testing.assert_array_equal(k.data[0, cell.index], k.data[1, cell.index])
+            np.testing.assert_array_equal(v.data[0, cell.index], v.data[1, cell.index])
+
+
+def test_context_knows_of_gaps_that_its_cache_was_given(make_context: Callable[..., Context]) -> None:
+    context = make_context(kv_mixed="hot=64")
+    context.decode(list(range(100, 340)))
+    cache = MixedKVCache.from_context(context)
+    cache.seq_rm(0, 10, 110)
+    context.decode(list(range(100, 200)))  # 240 tokens up to position 339
+    assert context.memory.seq_pos_max() == 339
+
+
+def test_layers_of_different_shape_are_refused(
+    make_context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = make_context(kv_mixed=True)
+    stats = replace(context.stats, bytes_cold=2 * context.stats.bytes_cold)  # as if the second layer had more heads
+    monkeypatch.setattr(MixedKVCache, "stats", property(lambda _: stats))
+    with pytest.raises(CacheError, match="rows of different size"):
+        MixedKVCache.from_context(context)
 
 
 def test_cache_of_a_context_knows_of_a_taken_slot(make_context: Callable[..., Context]) -> None:

@@ -257,7 +257,7 @@ def test_drained_by_another_thread(make_context: Callable[..., Context]) -> None
     context = make_context(kv_mixed="hot=8,group=2,sink=0", n_ctx=2048)
     events: list[Event] = []
     during = 0
-    with Trace(context, n_max=64, layers=True) as trace:
+    with Trace(context, layers=True) as trace:
         done = threading.Event()
 
         def drain() -> None:
@@ -267,13 +267,13 @@ def test_drained_by_another_thread(make_context: Callable[..., Context]) -> None
 
         thread = threading.Thread(target=drain)
         thread.start()
-        context.decode(tokens(1500))  # one call
+        context.decode(tokens(1500))  # n_batch is 2048: one call
         during = len(events)
         done.set()
         thread.join()
         events += trace.read()
         stats = context.stats
-    assert during > 100
+    assert 0 < during < len(events)
     assert trace.n_dropped == 0
     assert [e.id for e in events] == list(range(len(events)))
     moves = migrations(events)
