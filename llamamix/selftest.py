@@ -333,7 +333,7 @@ def _simple_ggml_cpy(check: _Check) -> None:
 
 
 def _copy_between_caches(check: _Check) -> None:
-    shape = {"n_layer": _N_LAYER, "n_head_kv": _N_HEAD_KV, "head_size_k": _HEAD, "n_pad": 4}
+    shape: dict[str, Any] = {"n_layer": _N_LAYER, "n_head_kv": _N_HEAD_KV, "head_size_k": _HEAD, "n_pad": 4}
     with UnifiedKVCache(64, **shape) as source, UnifiedKVCache(64, type_k="q4_0", type_v="q4_0", **shape) as target:
         for cache in (source, target):
             _find(cache, range(8))

@@ -30,7 +30,7 @@ class Full(Exception):
 
 @dataclass(eq=False)
 class Token:
-    index: int  # the how manieth token ever decoded
+    index: int  # counts all tokens that were ever decoded
     pos: int
     seqs: set[int]
 

@@ -1,10 +1,10 @@
 """With cold rows stored as exactly as hot ones, a mixed cache is a plain cache.
 
-The rows are the same, only their order differs, and with it the order in which floating point sums are taken. How much that
-matters is measured where no mixed cache is involved: a plain cache against itself with its cells in another order. The mixed
-cache may differ from the plain one by MARGIN times that. Both are taken over some 800,000 differences of the same kind, so
-chance sets neither their root mean squares nor their largest values apart by such factors; a single row that is lost, doubled
-or stale is far above them (test_one_lost_row_would_show).
+The rows are the same, only their order differs, and with it the order in which floating point sums are taken. How much
+that matters is measured where no mixed cache is involved: a plain cache against itself with its cells in another order.
+The mixed cache may differ from the plain one by MARGIN times that. Both are taken over some 800,000 differences of the
+same kind, so chance sets neither their root mean squares nor their largest values apart by such factors; a single row
+that is lost, doubled or stale is far above them (test_one_lost_row_would_show).
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ NUMERICS: dict[str, dict[str, Any]] = {
     "flash": {"type_k": "f16", "type_v": "f16", "flash_attn": "on"},
 }
 
-# A sum of n F32 terms of mixed signs is off by about sqrt(n) * 2**-24 of its size, here 2.7e-6; two layers of it, sharpened
-# by queries of twice unit size, stay under 10 times that, and the largest of 800,000 normal errors is 5 standard deviations
-# from 0: 10 * 5 * 2.7e-6 * 3 = 4e-4 for logits with a standard deviation of 3. What is measured must stay under it.
+# A sum of n F32 terms of mixed signs is off by about sqrt(n) * 2**-24 of its size, here 2.7e-6; two layers of it,
+# sharpened by queries of twice unit size, stay under 10 times that, and the largest of 800,000 normal errors is 5
+# standard deviations from 0: 10 * 5 * 2.7e-6 * 3 = 4e-4 for logits with a standard deviation of 3. What is measured
+# must stay under it.
 EXACT_NOISE_MAX = 4e-4
 
 

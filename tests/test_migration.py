@@ -1,17 +1,20 @@
-"""Which tokens move when, and that nothing is lost on the way: the cache against the twin of its policy and a plain cache.
+"""Which tokens move when, and that nothing is lost on the way: a cache, the twin of its policy and a plain cache.
 
-Cold rows are F32 like hot ones here, so a plain cache gives the same logits up to the order of sums, see test_identity.py;
-what quantisation does to rows is in test_quantised.py.
+Cold rows are F32 like hot ones here, so a plain cache gives the same logits up to the order of sums, see
+test_identity.py; what quantisation does to rows is in test_quantised.py.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from reference import Full, Tiering
+from reference import Full, Tiering, environment, library_dir
 
 from llamamix import Context, ContextError, ContextFullError, DecodeAborted, KVMixedParams, Model
 
@@ -21,8 +24,8 @@ N_VOCAB = 400
 
 F32 = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}
 
-# The order of sums: sqrt(512) * 2**-24 = 1.3e-6 of values 3 in size, times 5 for two layers with queries of twice unit size,
-# times 5 for the largest of many errors. A missing row of 500 changes logits by 1e-2 and more.
+# The order of sums: sqrt(512) * 2**-24 = 1.3e-6 of values 3 in size, times 5 for two layers with queries of twice unit
+# size, times 5 for the largest of many errors. A missing row of 500 changes logits by 1e-2 and more.
 ATOL = 1.3e-6 * 3 * 5 * 5
 
 
@@ -37,7 +40,9 @@ def counts(context: Context) -> dict[str, int]:
 class Trio:
     """A mixed cache, a plain one and the twin of the policy, which all do the same."""
 
-    def __init__(self, model: Model, n_ctx: int = 512, n_ubatch: int = 64, n_seq: int = 1, unified: bool = True, **shape: Any):
+    def __init__(
+        self, model: Model, n_ctx: int = 512, n_ubatch: int = 64, n_seq: int = 1, unified: bool = True, **shape: Any
+    ):
         self.n_seq, self.n_ubatch = n_seq, n_ubatch
         params = F32 | {"n_ctx": n_ctx, "n_ubatch": n_ubatch, "n_threads": 1, "n_seq_max": n_seq, "kv_unified": unified}
         self.mixed = Context(model, kv_mixed=KVMixedParams(cold="f32", **shape), **params)
@@ -125,6 +130,16 @@ def test_the_threshold(make_context: MakeContext) -> None:
     assert context.stats.n_migrations == 4
 
 
+def test_just_the_threshold_is_not_over_it(make_context: MakeContext) -> None:
+    """Half of 10 is a number of cells exactly."""
+    context = make_context(kv_mixed=KVMixedParams(hot=10, group=4, sink=0, threshold=0.5))
+    seen = []
+    for token in random_tokens(6):
+        context.decode([token])
+        seen.append(context.stats.cold_used)
+    assert seen == [0, 0, 0, 0, 0, 2]
+
+
 @pytest.mark.parametrize(
     ("hot", "group", "n_moved"),
     [(64, 128, 16), (64, 16, 16), (64, 15, 15), (64, 1, 1), (67, 128, 16), (3, 128, 1), (100, 24, 24)],
@@ -177,7 +192,16 @@ def test_anything_in_any_order(unified: bool, shape: dict[str, Any], trio: Calla
     """200 random operations; after each one counts and positions are the twin's, and logits a plain cache's."""
     t = trio(n_ctx=512 if unified else 3 * 256, n_seq=3, unified=unified, **shape)
     rng = np.random.default_rng(shape["hot"])
-    share = {"decode": 0.45, "prompt": 0.2, "rm": 0.1, "shift": 0.08, "cp": 0.08, "state": 0.05, "keep": 0.03, "clear": 0.01}
+    share = {
+        "decode": 0.45,
+        "prompt": 0.2,
+        "rm": 0.1,
+        "shift": 0.08,
+        "cp": 0.08,
+        "state": 0.05,
+        "keep": 0.03,
+        "clear": 0.01,
+    }
     done = []
 
     for i in range(200):
@@ -247,7 +271,14 @@ def test_a_part_of_a_sequence_is_shared(trio: Callable[..., Trio]) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [{"hot": 64, "sink": 4}, {"hot": 1, "sink": 0}, {"hot": 512}, {"hot": 500, "sink": 400}, {"hot": 100, "cold_size": 500}]
+    "shape",
+    [
+        {"hot": 64, "sink": 4},
+        {"hot": 1, "sink": 0},
+        {"hot": 512},
+        {"hot": 500, "sink": 400},
+        {"hot": 100, "cold_size": 500},
+    ],
 )
 def test_n_ctx_tokens_fit(shape: dict[str, int], make_context: MakeContext) -> None:
     context = make_context(n_ctx=512, n_ubatch=64, kv_mixed=KVMixedParams(cold="f32", **shape), **F32)
@@ -405,13 +436,14 @@ def test_a_saved_state_comes_back(kv_unified: bool, cold: str, make_context: Mak
     assert second.state_save() == state
     assert (second.stats.hot_used, second.stats.cold_used) == (first.stats.hot_used, first.stats.cold_used)
     n_moved = [c.stats.n_tokens_moved for c in (first, second)]
-    # the tiers are as they were, so all that follows is the same; rows are at other places, sums in another order
-    for i in range(40):
+    # The tiers are as they were, so all that follows is the same; rows are at other places, sums in another order. New
+    # tokens stay hot: where their rows differ in the last bit, a Q4_0 code might be another one.
+    for i in range(14):
         for context in (first, second):
             context.decode_batch(random_tokens(2, i), [0, 1])
         np.testing.assert_allclose(second.logits, first.logits, rtol=0, atol=ATOL)
-    assert [c.stats.n_tokens_moved - n for c, n in zip((first, second), n_moved, strict=True)][0] > 0
-    assert first.stats.n_tokens_moved - n_moved[0] == second.stats.n_tokens_moved - n_moved[1]
+    moved = [c.stats.n_tokens_moved - n for c, n in zip((first, second), n_moved, strict=True)]
+    assert moved[0] == moved[1] > 0
 
 
 @pytest.mark.parametrize("kv_unified", [True, False], ids=["unified", "streams"])
@@ -452,6 +484,27 @@ def test_the_state_of_another_cache_is_refused(make_context: MakeContext) -> Non
     for context in (mixed, plain, smaller):
         context.memory.clear()
         context.decode(random_tokens(10))
+
+
+def test_the_error_of_a_state_may_be_kept(tiny_model_path: Path) -> None:
+    """An exception in a cycle, as frameworks make them, is freed by the garbage collector with all that it holds."""
+    program = """
+import gc, sys
+from llamamix import Context, ContextError, Model
+with Model(sys.argv[1]) as model, Context(model, n_ctx=256, n_threads=1, kv_mixed=False) as plain:
+    plain.decode([5, 6, 7])
+    with Context(model, n_ctx=256, n_threads=1) as mixed:
+        for _ in range(20):
+            try:
+                mixed.state_load(plain.state_save())
+            except ContextError as error:
+                error.itself = error
+            gc.collect()
+"""
+    env = environment(LLAMAMIX_LIB_PATH=str(library_dir()))
+    command = [sys.executable, "-c", program, str(tiny_model_path)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 #
@@ -521,7 +574,7 @@ def test_graphs_are_reused(flash_attn: str, make_context: MakeContext) -> None:
         context.decode([token])
     n_migrations = context.stats.n_migrations - before.n_migrations
     assert n_migrations == 20
-    # The view of hot is 256 cells or all 300, and cells are taken in turn, so it changes once or twice in the beginning.
-    # That of cold crosses 4 multiples of 256 on 1,000 cells, or 3. The first graph is new.
+    # The view of hot is 256 cells or all 300, and cells are taken in turn: it changes once or twice at first. That of
+    # cold crosses 4 multiples of 256 on 1,000 cells, or 3. The first graph is new.
     n_built = context.perf.n_eval - context.perf.n_reused
     assert n_built <= 2 + 4 + 1

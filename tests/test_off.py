@@ -1,7 +1,7 @@
 """Off means upstream: without LLAMA_KV_MIXED the library computes what an unpatched one computes, byte for byte.
 
-The folder of an unpatched libllama, built from the same source with the same flags, is named by LLAMAMIX_UPSTREAM_LIB_PATH. Two
-builds of one library do not get along in one process, so each runs in a process of its own.
+LLAMAMIX_UPSTREAM_LIB_PATH names the folder of an unpatched libllama, built from the same source with the same flags.
+Two builds of one library do not get along in one process, so each runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import llamamix
 import pytest
 from gguf import GGMLQuantizationType as Type
 from reference import environment, library_dir
 from tiny_model import write_tiny_model
+
+import llamamix
 
 UPSTREAM = os.environ.get("LLAMAMIX_UPSTREAM_LIB_PATH")
 
@@ -92,9 +93,7 @@ def digests(folder: Path | str, model: Path, params: dict[str, Any], spec: str |
     declarations = Path(llamamix.__file__).parent / "_decl" / "llama.h"
     arguments = json.dumps([str(folder), str(declarations), str(model), params])
     command = [sys.executable, "-c", PROGRAM, arguments]
-    result = subprocess.run(
-        command, env=environment(LLAMA_KV_MIXED=spec), capture_output=True, text=True, timeout=300
-    )
+    result = subprocess.run(command, env=environment(LLAMA_KV_MIXED=spec), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout)
 

@@ -1,7 +1,7 @@
 """Cold rows are what ggml's quantisation makes of hot ones, and the logits are what attention over both gives.
 
-The expectation comes from tests/reference.py: a forward pass in float64, a twin of the policy that says which rows are cold
-when, and gguf's quantisation in numpy.
+The expectation comes from tests/reference.py: a forward pass in float64, a twin of the policy that says which rows are
+cold when, and gguf's quantisation in numpy.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ N_VOCAB = 400
 # a value of a unit-variance row is off by about this where ggml computes in F32 and the reference in float64
 F32_ERROR = 3e-7
 
-# The distance of two neighbouring values that a type can store, for unit-variance rows: blocks of 32 reach to about 2.5, or
-# from -2.2 to 2.2, in so many steps. For the floating point types half the distance of neighbours between 1 and 2.
+# The distance of two neighbouring values that a type can store, for rows of unit variance: blocks of 32 reach to 2.5,
+# or from -2.2 to 2.2, in so many steps. For the floating point types half the distance of neighbours between 1 and 2.
 STEP = {
     "q4_0": 2.5 / 8,
     "q4_1": 4.4 / 15,
@@ -40,8 +40,8 @@ STEP = {
 def flips(kv_type: str) -> float:
     """How much of the effect of storing rows in a type may be missed, as a ratio of root mean squares.
 
-    A value that is off by e ends up on the wrong side of a border with a probability of 2 * e / step, and is a step off then.
-    Storing it is step / sqrt(12) off in any case. The factor allows for rows of later layers, which are off by more.
+    A value that is off by e ends up on the wrong side of a border with a probability of 2 * e / step, and is a step off
+    then. Storing it is step / sqrt(12) off in any case. The factor is for rows of later layers, which are off by more.
     """
     return 4 * np.sqrt(12 * 2 * F32_ERROR / STEP[kv_type])
 
@@ -136,7 +136,14 @@ def effect(expected: Callable) -> float:
 # in F32, where nothing but the cold type rounds
 #
 
-TYPES = [*((t, t) for t in STEP), ("q8_0", "q4_0"), ("q4_0", "f16"), ("f16", "q4_0"), ("q5_1", "q4_1"), ("bf16", "q8_0")]
+TYPES = [
+    *((t, t) for t in STEP),
+    ("q8_0", "q4_0"),
+    ("q4_0", "f16"),
+    ("f16", "q4_0"),
+    ("q5_1", "q4_1"),
+    ("bf16", "q8_0"),
+]
 
 
 @pytest.mark.parametrize(("cold_k", "cold_v"), TYPES)
@@ -150,7 +157,7 @@ def test_any_types(cold_k: str, cold_v: str, run: Run, views: list[View], models
 
 def test_f32(run: Run, views: list[View], models: Callable, expected: Callable) -> None:
     """The reference is right, and so are all kinds of rows, before anything is quantised."""
-    # sums of 128 to 500 products are off by 500 ** 0.5 * 2**-24 = 1.3e-6 of their size; logits are 3 in size, two layers
+    # sums of 128 to 500 products are off by 500 ** 0.5 * 2**-24 = 1.3e-6 of their size; logits are 3 in size, 2 layers
     # of queries with twice unit size add a factor below 5, and the largest of 200,000 errors is 5 times the typical one
     actual = run.logits(models(n_layer=2)[0], cold="f32")
     assert np.abs(actual - expected("f32", "f32", "f32")).max() < 1.3e-6 * 3 * 5 * 5
@@ -355,8 +362,8 @@ def test_f16(cold: str, flash_attn: str, run: Run, models: Callable, expected: C
         actual = run.logits(model, hot="f16", flash_attn=flash_attn, cold=kv_type)
         return rms(actual - expected("f16", kv_type, kv_type, n_layer=1))
 
-    # with F16 cold rows the residual is that of the attention, which rounds to F16 on the way; quantising adds to it values
-    # that fall on the other side of a border, of which F16 has some exactly half way between two codes
+    # with F16 cold rows the residual is that of the attention, which rounds to F16 on the way; quantising adds to it
+    # values that fall on the other side of a border, of which F16 has some exactly half way between two codes
     wanted, exact = (expected("f16", t, t, n_layer=1) for t in (cold, "f16"))
     attention = residual("f16")
     assert attention < 3 * 2**-8  # flash attention keeps sums in F16: some 2**-9 of values 3 in size
@@ -376,7 +383,7 @@ def test_all_cold_is_what_a_uniform_cache_is(models: Callable) -> None:
         uniform = context.logits
     mixed = run.logits(model, cold="q4_0")
 
-    # The newest row is all that is stored in another way, and the reference knows what that changes. Upstream multiplies
+    # The newest row is all that is stored in another way, and the reference knows what that does. Upstream multiplies
     # Q4_0 rows with queries of 8 bits, steps of 2.5 / 127 for unit size; queries are 2 in size: scores are off by
     # 2 * 2.5 / 127 / sqrt(12) = 0.011, and so is what attention adds to logits 3 in size.
     newest = reference.logits(run.tokens, views, Storage()) - reference.logits(run.tokens, uniform_views, Storage())

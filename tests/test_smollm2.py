@@ -1,4 +1,4 @@
-"""A real model on a real text: 2,500 tokens of a novel, and what SmolLM2 makes of it with Q4_0 behind 512 hot tokens."""
+"""A real model on a real text: 2,500 tokens of a novel, all but the newest and the sinks in Q4_0."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import llamamix
 import numpy as np
 import pytest
 from reference import environment, library_dir, rewrite_gguf
 from tiny_model import write_tiny_model
 
+import llamamix
 from llamamix import Context, ContextError, KVMixedParams, Model, ParamsError
 
 TYPES = "f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1"
@@ -94,8 +94,8 @@ def test_empty_is_off_in_the_environment_alone() -> None:
         KVMixedParams.parse(" ")
 
 
-# What a program does that knows nothing of a mixed cache: llama_init_from_model(), for one value of the variable after the
-# other. Prints what the log says about the cache and about errors, and whether there is a context.
+# What a program does that knows nothing of a mixed cache: llama_init_from_model(), for one value of the variable after
+# the other. Prints what the log says about the cache and about errors, and whether there is a context.
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
@@ -167,8 +167,16 @@ def test_environment(tiny_model_path: Path) -> None:
     [
         ({"type_k": "q8_0"}, "1", "the hot type must be f16, bf16 or f32, not q8_0"),
         ({"type_v": "q4_0", "flash_attn": "on"}, "1", "the hot type must be f16, bf16 or f32, not q4_0"),
-        ({"n_ctx": 1024}, "hot=256,cold_size=700", "hot=256 and cold_size=700 hold fewer tokens than the context of 1024"),
-        ({"n_seq_max": 4, "kv_unified": True}, "hot=64,sink=16", "sink=16 for each of 4 sequences leaves no room in hot=64"),
+        (
+            {"n_ctx": 1024},
+            "hot=256,cold_size=700",
+            "hot=256 and cold_size=700 hold fewer tokens than the context of 1024",
+        ),
+        (
+            {"n_seq_max": 4, "kv_unified": True},
+            "hot=64,sink=16",
+            "sink=16 for each of 4 sequences leaves no room in hot=64",
+        ),
         ({"n_ctx": 256}, "hot=512,sink=300", "sink=300 for each of 1 sequences leaves no room in hot=256"),
     ],
 )

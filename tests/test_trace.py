@@ -273,7 +273,7 @@ def test_drained_by_another_thread(make_context: Callable[..., Context]) -> None
         thread.join()
         events += trace.read()
         stats = context.stats
-    assert 0 < during < len(events)
+    assert during > 0
     assert trace.n_dropped == 0
     assert [e.id for e in events] == list(range(len(events)))
     moves = migrations(events)
