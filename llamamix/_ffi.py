@@ -41,6 +41,7 @@ _STRUCTS = (
     "llama_kv_mixed_tier",
     "llama_kv_mixed_cell",
     "llama_kv_mixed_ubatch",
+    "llama_kv_mixed_attn_args",
     "llama_sampler_chain_params",
     "llama_perf_context_data",
     "llama_chat_message",

@@ -31,6 +31,9 @@ _COUNT_MAX = 10**9 - 1  # nine digits, the most that the text form of the mixed 
 N_THREADS_MAX = 512  # GGML_MAX_N_THREADS
 _N_SEQ_MAX = 256  # LLAMA_MAX_SEQ
 
+#: llama_kv_mixed_attn_type
+ATTN_TYPES = {"auto": 0, "fused": 1, "compose": 2}
+
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
 POOLING = {"unspecified": -1, "none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
 SPLIT_MODE = {"none": 0, "layer": 1, "row": 2}
@@ -113,6 +116,8 @@ class KVMixedParams:
     threshold  migrate when hot use passes this share of ``hot``, over 0 and at most 1
     sink       the first positions of every sequence, which stay hot
     cold_size  cold cells per stream, 0: what the context needs beyond ``hot``
+    attn       "fused": our own kernel, for a cache in the CPU's memory; "compose": stock ggml operations; "auto": fused
+               where that is possible
 
     Raises ParamsError.
     """
@@ -125,6 +130,7 @@ class KVMixedParams:
     threshold: float = 0.8
     sink: int = 4
     cold_size: int = 0
+    attn: Literal["auto", "fused", "compose"] = "auto"
 
     def __post_init__(self) -> None:
         _check_int(self, "hot", 1, _COUNT_MAX)
@@ -138,6 +144,7 @@ class KVMixedParams:
         object.__setattr__(self, "threshold", float(str(np.float32(self.threshold))))
         if not 0 < self.threshold <= 1:
             raise ParamsError(f"threshold must be over 0 and at most 1, not {self.threshold:g}.")
+        _check_name(self, "attn", ATTN_TYPES)
         _check_name(self, "cold", KV_TYPES)
         for name in ("cold_k", "cold_v"):
             if getattr(self, name) is not None:
@@ -181,7 +188,8 @@ class KVMixedParams:
         k, v = self.type_cold_k, self.type_cold_v
         cold = f"cold={k}" if k == v else f"cold_k={k},cold_v={v}"
         size = f",cold_size={self.cold_size}" if self.cold_size else ""
-        return f"hot={self.hot},{cold},group={self.group},threshold={self.threshold},sink={self.sink}{size}"
+        attn = f",attn={self.attn}" if self.attn != "auto" else ""
+        return f"hot={self.hot},{cold},group={self.group},threshold={self.threshold},sink={self.sink}{size}{attn}"
 
     @classmethod
     def from_c(cls, c_params: Any) -> KVMixedParams:
@@ -194,6 +202,7 @@ class KVMixedParams:
             threshold=c_params.threshold,
             sink=c_params.n_sink,
             cold_size=c_params.n_cold,
+            attn=list(ATTN_TYPES)[c_params.attn],
         )
 
     def to_c(self) -> Any:
@@ -207,6 +216,7 @@ class KVMixedParams:
         c_params.threshold = self.threshold
         c_params.type_cold_k = KV_TYPES[self.type_cold_k]
         c_params.type_cold_v = KV_TYPES[self.type_cold_v]
+        c_params.attn = ATTN_TYPES[self.attn]
         return c_params
 
 

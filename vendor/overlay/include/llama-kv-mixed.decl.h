@@ -1,6 +1,13 @@
 // The C interface of the mixed KV cache: plain declarations only, no preprocessor.
 // C and C++ include llama-kv-mixed.h, which wraps this file; the Python bindings read it as it is.
 
+// How attention over a mixed KV cache is computed.
+enum llama_kv_mixed_attn_type {
+    LLAMA_KV_MIXED_ATTN_AUTO    = 0, // fused where the cache is in the CPU's memory, else composed
+    LLAMA_KV_MIXED_ATTN_FUSED   = 1, // our own kernel, one pass over hot and cold rows as they are stored
+    LLAMA_KV_MIXED_ATTN_COMPOSE = 2, // stock ggml operations: cold rows are expanded beside the hot ones
+};
+
 // How a mixed KV cache is shaped. Set struct_size to sizeof(struct llama_kv_mixed_params), or start from
 // llama_kv_mixed_default_params(). The hot types are those of llama_context_params (type_k, type_v).
 struct llama_kv_mixed_params {
@@ -15,6 +22,8 @@ struct llama_kv_mixed_params {
 
     int32_t type_cold_k; // enum ggml_type of cold K rows
     int32_t type_cold_v; // enum ggml_type of cold V rows
+
+    int32_t attn;        // enum llama_kv_mixed_attn_type
 };
 
 // What a mixed KV cache holds and has done so far. Set struct_size before the call.
@@ -43,7 +52,7 @@ struct llama_kv_mixed_stats {
     uint64_t t_migrate_us;   // time spent moving, microseconds
 };
 
-// hot 512, cold q4_0, group 128, threshold 0.8, sink 4
+// hot 512, cold q4_0, group 128, threshold 0.8, sink 4, attn auto
 struct llama_kv_mixed_params llama_kv_mixed_default_params(void);
 
 // Reads a spec such as "hot=512,cold=q4_0,group=128,threshold=0.8,sink=4" (or "1" for the defaults) into *params.
@@ -264,3 +273,57 @@ int32_t llama_kv_mixed_cache_move_to_cold(struct llama_kv_mixed_cache * cache, u
 // The state of a sequence (-1: all) as bytes. dst == NULL asks for the size. Return the number of bytes; or -1.
 int64_t llama_kv_mixed_cache_state_get(const struct llama_kv_mixed_cache * cache, int32_t seq_id, void * dst, size_t size);
 int64_t llama_kv_mixed_cache_state_set(struct llama_kv_mixed_cache * cache, int32_t seq_id, const void * src, size_t size);
+
+//
+// attention on the CPU, for tests and tools
+//
+
+// Cells of one cache; a cell holds one row for each KV head
+struct llama_kv_mixed_attn_segment {
+    const void * k;
+    const void * v;
+
+    int32_t type_k; // enum ggml_type
+    int32_t type_v;
+
+    int64_t n_kv;   // cells, may be 0
+
+    size_t nb_k[3]; // bytes from one KV head, cell, stream to the next
+    size_t nb_v[3];
+};
+
+// softmax(scale Q K^T + mask) V over the cells of two caches, as ggml_flash_attn_ext() defines it.
+struct llama_kv_mixed_attn_args {
+    size_t struct_size;
+
+    int64_t n_embd_k;  // head sizes
+    int64_t n_embd_v;
+    int64_t n_head;
+    int64_t n_head_kv; // divides n_head
+    int64_t n_tokens;  // of one stream
+    int64_t n_stream;
+
+    const float * q;   // n_embd_k values per head, token, stream
+    size_t nb_q[3];    // bytes from one head, token, stream to the next
+
+    struct llama_kv_mixed_attn_segment seg[2]; // cold, hot
+
+    const void * mask; // cells of seg[0], then those of seg[1]; f16 or f32; null: nothing is masked
+    bool mask_f16;
+    size_t nb_mask[2]; // bytes from one token, stream to the next
+
+    const float * sinks; // one logit per head, null: none
+
+    float scale;
+    float logit_softcap; // 0: none
+    float max_bias;      // ALiBi, 0: none
+
+    float * dst;         // [n_stream][n_tokens][n_head][n_embd_v]
+};
+
+// Computes args->dst on so many threads. isa: the instruction set, NULL for the best one that this machine has.
+// Returns 0; or -1 with the reason in llama_kv_mixed_last_error().
+int32_t llama_kv_mixed_attn(const struct llama_kv_mixed_attn_args * args, int32_t n_threads, const char * isa);
+
+// The instruction sets that can be asked for on this machine, best first, separated by spaces.
+const char * llama_kv_mixed_attn_isas(void);

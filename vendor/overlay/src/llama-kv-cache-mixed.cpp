@@ -1,5 +1,7 @@
 #include "llama-kv-cache-mixed.h"
 
+#include "llama-kv-mixed-graph.h"
+
 #include "llama-kv-mixed-params.h"
 
 #include "llama-context.h"
@@ -1065,6 +1067,10 @@ const llama_ubatch & llama_kv_cache_mixed_context::get_ubatch() const {
     return ubatches[i_cur];
 }
 
+const llama_kv_cache_mixed * llama_kv_cache_mixed_context::get_kv() const {
+    return kv;
+}
+
 const llama_kv_cache * llama_kv_cache_mixed_context::get_cold() const {
     return kv->get_cold();
 }
@@ -1199,8 +1205,10 @@ llama_memory_i * llama_kv_mixed_create(
     }
 
     try {
-        return new llama_kv_cache_mixed(model, params.type_k, params.type_v, *mixed,
+        auto res = std::make_unique<llama_kv_cache_mixed>(model, params.type_k, params.type_v, *mixed,
                 cparams.offload_kqv, cparams.kv_unified, cparams.n_ctx_seq, cparams.n_seq_max, /*n_pad*/ 1, filter);
+        llama_kv_mixed_check_attn(model, *res);
+        return res.release();
     } catch (const std::exception & err) {
         fail(err.what());
     }

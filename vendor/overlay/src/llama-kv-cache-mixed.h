@@ -212,6 +212,8 @@ public:
     // llama_kv_cache_mixed_context specific API
     //
 
+    const llama_kv_cache_mixed * get_kv() const;
+
     const llama_kv_cache       * get_cold()     const;
     const llama_kv_cache_context * get_hot_ctx() const;
 

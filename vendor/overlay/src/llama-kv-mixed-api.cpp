@@ -31,6 +31,7 @@ LLAMA_API llama_kv_mixed_params llama_kv_mixed_default_params(void) {
         /*.threshold   =*/ 0.8f,
         /*.type_cold_k =*/ GGML_TYPE_Q4_0,
         /*.type_cold_v =*/ GGML_TYPE_Q4_0,
+        /*.attn        =*/ LLAMA_KV_MIXED_ATTN_AUTO,
     };
 }
 
@@ -142,6 +143,7 @@ LLAMA_API size_t llama_kv_mixed_sizeof(const char * name) {
         SIZE_OF(llama_batch),
         SIZE_OF(llama_chat_message),
         SIZE_OF(llama_context_params),
+        SIZE_OF(llama_kv_mixed_attn_args),
         SIZE_OF(llama_kv_mixed_cell),
         SIZE_OF(llama_kv_mixed_event),
         SIZE_OF(llama_kv_mixed_layer_error),

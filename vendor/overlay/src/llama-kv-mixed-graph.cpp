@@ -1,6 +1,11 @@
 #include "llama-kv-mixed-graph.h"
 
 #include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <stdexcept>
 
 static int64_t get_n_stream(const llama_ubatch & ubatch, const llama_cparams & cparams) {
     return cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
@@ -18,6 +23,8 @@ llm_graph_input_attn_kv_mixed::llm_graph_input_attn_kv_mixed(
 void llm_graph_input_attn_kv_mixed::set_input(const llama_ubatch * ubatch) {
     mctx->set_input_k_idxs(self_k_idxs, ubatch);
     mctx->set_input_v_idxs(self_v_idxs, ubatch);
+
+    fused.reset();
 
     mctx_mixed->set_input_kq_mask(self_kq_mask, ubatch, cparams.causal_attn);
 
@@ -81,6 +88,23 @@ llm_graph_input_attn_kv * llm_build_attn_inp_kv_mixed(const llm_graph_context & 
     return (llm_graph_input_attn_kv *) gctx.res->add_input(std::move(inp));
 }
 
+// why a layer's attention can not be fused, null: it can
+static const char * get_fused_reason(const llama_kv_cache_mixed & kv, const llama_hparams & hparams, int32_t il) {
+    return llama_kv_mixed_fused_reason(kv.get_hot()->get_k_storage(il), kv.get_cold()->get_k_storage(il),
+        hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), hparams.n_gqa(il));
+}
+
+void llama_kv_mixed_check_attn(const llama_model & model, const llama_kv_cache_mixed & kv) {
+    if (kv.get_params().attn != LLAMA_KV_MIXED_ATTN_FUSED) {
+        return;
+    }
+    for (const int32_t il : kv.get_hot()->get_layer_ids()) {
+        if (const char * reason = get_fused_reason(kv, model.hparams, il)) {
+            throw std::runtime_error(format("attn=fused is not possible for layer %d: %s", il, reason));
+        }
+    }
+}
+
 // cold rows in the type of the hot ones, followed by the hot ones
 static ggml_tensor * build_join(ggml_context * ctx, ggml_tensor * cold, ggml_tensor * hot) {
     // backends expand quantised rows to f32 only
@@ -107,9 +131,29 @@ ggml_tensor * llm_build_attn_mixed(
                 int   il) {
     const auto * inp_mixed = dynamic_cast<const llm_graph_input_attn_kv_mixed *>(inp);
 
-    if (inp_mixed && inp_mixed->n_cold > 0) {
-        const auto * mctx = inp_mixed->mctx_mixed;
+    if (!inp_mixed) {
+        return gctx.build_attn_mha(q, k, v, kq_b, inp->get_kq_mask(), sinks, nullptr, 0, kq_scale, il);
+    }
 
+    const auto * mctx = inp_mixed->mctx_mixed;
+
+    // a bias for every pair of tokens, and Grok's other way of capping without flash attention, are left to the stock operations
+    const bool is_plain = !kq_b && (gctx.arch != LLM_ARCH_GROK || gctx.cparams.flash_attn);
+
+    if (is_plain && mctx->get_kv()->get_params().attn != LLAMA_KV_MIXED_ATTN_COMPOSE && !get_fused_reason(*mctx->get_kv(), gctx.hparams, il)) {
+        const auto & hparams = gctx.hparams;
+
+        ggml_tensor * cur = inp_mixed->fused.build(gctx.ctx0, {
+                q, k, v, mctx->get_k_cold(gctx.ctx0, il), mctx->get_v_cold(gctx.ctx0, il), inp->get_kq_mask(), sinks,
+            }, kq_scale, hparams.f_max_alibi_bias, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f,
+            std::max(gctx.cparams.n_threads, gctx.cparams.n_threads_batch));
+
+        ggml_build_forward_expand(gctx.gf, cur);
+
+        return cur;
+    }
+
+    if (inp_mixed->n_cold > 0) {
         k = build_join(gctx.ctx0, mctx->get_k_cold(gctx.ctx0, il), k);
         v = build_join(gctx.ctx0, mctx->get_v_cold(gctx.ctx0, il), v);
     }

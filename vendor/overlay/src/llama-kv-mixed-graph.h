@@ -3,6 +3,7 @@
 #include "llama-graph.h"
 
 #include "llama-kv-cache-mixed.h"
+#include "llama-kv-mixed-fused.h"
 
 //
 // the mixed KV cache in the compute graph
@@ -26,6 +27,9 @@ public:
 
     // cold cells that the graph was built for
     uint32_t n_cold;
+
+    // inputs reach the functions that build the graph as constants
+    mutable llama_kv_mixed_fused fused;
 };
 
 //
@@ -34,6 +38,9 @@ public:
 
 // the input of a mixed cache, null when the memory is another
 llm_graph_input_attn_kv * llm_build_attn_inp_kv_mixed(const llm_graph_context & gctx);
+
+// throws when the cache's attention is to be fused and can not be
+void llama_kv_mixed_check_attn(const llama_model & model, const llama_kv_cache_mixed & kv);
 
 // attention over cold and hot; over k and v alone when inp is not that of a mixed cache
 // q, k, v as for llm_graph_context::build_attn_mha(), k and v being the views of the hot rows

@@ -60,6 +60,18 @@ static uint32_t parse_count(const std::string & key, const std::string & value) 
     return (uint32_t) std::stoul(value);
 }
 
+static int32_t parse_attn(const std::string & key, const std::string & value) {
+    static const char * const names[] = { "auto", "fused", "compose" }; // by llama_kv_mixed_attn_type
+
+    for (int32_t i = 0; i < 3; ++i) {
+        if (value == names[i]) {
+            return i;
+        }
+    }
+
+    throw std::invalid_argument(format("%s=%s is not auto, fused or compose", key.c_str(), value.c_str()));
+}
+
 static float parse_share(const std::string & key, const std::string & value) {
     std::istringstream is(value);
     is.imbue(std::locale::classic());
@@ -103,6 +115,7 @@ llama_kv_mixed_params llama_kv_mixed_parse_spec(const std::string & spec) {
         else if (key == "threshold") { res.threshold   = parse_share(key, value); }
         else if (key == "cold_k")    { res.type_cold_k = parse_type (key, value); }
         else if (key == "cold_v")    { res.type_cold_v = parse_type (key, value); }
+        else if (key == "attn")      { res.attn        = parse_attn (key, value); }
         else if (key == "cold") {
             // cold_k and cold_v are more specific, wherever they stand
             const ggml_type type = parse_type(key, value);
@@ -110,7 +123,7 @@ llama_kv_mixed_params llama_kv_mixed_parse_spec(const std::string & spec) {
             if (!seen.count("cold_v")) { res.type_cold_v = type; }
         } else {
             throw std::invalid_argument(format(
-                "unknown key '%s' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink)", key.c_str()));
+                "unknown key '%s' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, attn)", key.c_str()));
         }
     }
 
@@ -135,6 +148,9 @@ void llama_kv_mixed_validate(const llama_kv_mixed_params & params) {
     }
     if (!(params.threshold > 0.0f && params.threshold <= 1.0f)) {
         throw std::invalid_argument(format("threshold=%g is outside (0, 1]", params.threshold));
+    }
+    if (params.attn < LLAMA_KV_MIXED_ATTN_AUTO || params.attn > LLAMA_KV_MIXED_ATTN_COMPOSE) {
+        throw std::invalid_argument(format("attn=%d is no llama_kv_mixed_attn_type", params.attn));
     }
     for (const int32_t type : { params.type_cold_k, params.type_cold_v }) {
         if (!llama_kv_mixed_is_cache_type((ggml_type) type)) {

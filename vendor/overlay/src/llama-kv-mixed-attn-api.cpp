@@ -1,0 +1,68 @@
+#include "llama-kv-mixed-attn.h"
+#include "llama-kv-mixed-params.h"
+
+#include "llama-impl.h"
+
+#include <stdexcept>
+
+//
+// llama_kv_mixed_attn
+//
+
+static const llama_kv_mixed_attn_kernel & check(const llama_kv_mixed_attn_args * args, int32_t n_threads, const char * isa) {
+    if (!args || args->struct_size != sizeof(*args)) {
+        throw std::invalid_argument("args is not a llama_kv_mixed_attn_args of this library");
+    }
+    if (n_threads < 1) {
+        throw std::invalid_argument(format("n_threads=%d is below 1", n_threads));
+    }
+    if (args->n_embd_k < 1 || args->n_embd_v < 1 || args->n_head_kv < 1 || args->n_head < 1 || args->n_tokens < 1 || args->n_stream < 1) {
+        throw std::invalid_argument("a size is below 1");
+    }
+    if (args->n_head % args->n_head_kv != 0) {
+        throw std::invalid_argument("n_head_kv does not divide n_head");
+    }
+    if (!llama_kv_mixed_attn_supports(args->n_embd_k, args->n_embd_v, args->n_head/args->n_head_kv)) {
+        throw std::invalid_argument(format("heads of more than %d values, or more than %d heads to a KV head",
+            LLAMA_KV_MIXED_ATTN_MAX_EMBD, LLAMA_KV_MIXED_ATTN_MAX_ROWS));
+    }
+    for (const auto & seg : args->seg) {
+        if (seg.n_kv < 0) {
+            throw std::invalid_argument("n_kv is negative");
+        }
+        for (const auto & [type, n_embd] : { std::pair(seg.type_k, args->n_embd_k), std::pair(seg.type_v, args->n_embd_v) }) {
+            if (!llama_kv_mixed_is_cache_type((ggml_type) type)) {
+                throw std::invalid_argument(format("the type %d is not a KV cache type", type));
+            }
+            if (n_embd % ggml_blck_size((ggml_type) type) != 0) {
+                throw std::invalid_argument(format("a head of %d values is not made of whole blocks of %s",
+                    (int) n_embd, ggml_type_name((ggml_type) type)));
+            }
+        }
+    }
+
+    const auto * res = llama_kv_mixed_attn_get_kernel(isa);
+    if (!res) {
+        throw std::invalid_argument(format("this machine does not run '%s' (it has %s)", isa, llama_kv_mixed_attn_isas()));
+    }
+    return *res;
+}
+
+LLAMA_API int32_t llama_kv_mixed_attn(const llama_kv_mixed_attn_args * args, int32_t n_threads, const char * isa) {
+    llama_kv_mixed_error().clear();
+
+    try {
+        llama_kv_mixed_attn_compute(check(args, n_threads, isa), *args, n_threads);
+    } catch (const std::exception & err) {
+        llama_kv_mixed_error() = err.what();
+        return -1;
+    }
+
+    return 0;
+}
+
+LLAMA_API const char * llama_kv_mixed_attn_isas(void) {
+    static const std::string res = llama_kv_mixed_attn_get_names();
+
+    return res.c_str();
+}

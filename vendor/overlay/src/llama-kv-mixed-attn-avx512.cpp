@@ -1,0 +1,10 @@
+#if defined(__x86_64__) || defined(_M_X64)
+
+#define KVM_AVX512
+#include "llama-kv-mixed-attn-kernel.h"
+
+extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_avx512;
+
+const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_avx512 = { "avx512", attn_task, attn_merge };
+
+#endif

@@ -1,0 +1,5 @@
+#include "llama-kv-mixed-attn-kernel.h"
+
+extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_generic;
+
+const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_generic = { "generic", attn_task, attn_merge };

@@ -1,0 +1,1015 @@
+// The kernel, for the instruction set that the including file is compiled for. Nothing from the standard library is
+// instantiated here: the linker could take such code for the whole program, and it would run where it can not.
+
+#pragma once
+
+#include "llama-kv-mixed-attn.h"
+#include "llama-kv-mixed-simd.h"
+
+#include "ggml.h"
+
+namespace {
+
+// cells that are worked on together
+constexpr int TILE = 64;
+
+// query rows that share a tile's scores while these are in the first cache level
+constexpr int ROWS = 48;
+
+constexpr int BLOCK   = 32; // elements of a quantised block
+constexpr int SIZE_Q4 = 18; // bytes of a block: scale, 16 bytes; byte i has elements i (low nibble) and i + 16
+constexpr int SIZE_Q8 = 34; // scale, 32 bytes
+
+using attn_args = llama_kv_mixed_attn_args;
+using attn_plan = llama_kv_mixed_attn_plan;
+
+//
+// rows as floats: BLOCK elements at a time, in V_BLOCK vectors
+//
+
+constexpr int V_BLOCK = BLOCK/V_LEN;
+
+// load(): vector i of block b, without the block's scale; scale(): the scales of that block in V_LEN rows
+
+struct row_f32 {
+    static constexpr bool scaled = false;
+    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load((const float *) row + b*BLOCK + i*V_LEN); }
+};
+
+struct row_f16 {
+    static constexpr bool scaled = false;
+    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_f16(row + 2*(b*BLOCK + i*V_LEN)); }
+};
+
+struct row_bf16 {
+    static constexpr bool scaled = false;
+    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_bf16(row + 2*(b*BLOCK + i*V_LEN)); }
+};
+
+struct row_q8_0 {
+    static constexpr bool scaled = true;
+    static constexpr int  size   = SIZE_Q8;
+    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_i8(row + b*size + 2 + i*V_LEN); }
+};
+
+struct row_q4_0 {
+    static constexpr bool scaled = true;
+    static constexpr int  size   = SIZE_Q4;
+    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_i4(row + b*size + 2, i); }
+};
+
+// the scales of block b in rows [0, n), n rounded up to whole vectors; rows from n on are not read
+template <class row>
+V_INLINE void load_scales(const uint8_t * x, size_t nb, int n, int64_t b, float * dst) {
+    int j = 0;
+    for (; j + V_LEN <= n; j += V_LEN) {
+        v_store(dst + j, v_gather_f16(x + j*nb + b*row::size, nb));
+    }
+    if (j < n) {
+        uint8_t rest[2*V_LEN] = {};
+        for (int i = j; i < n; ++i) {
+            memcpy(rest + 2*(i - j), x + i*nb + b*row::size, 2);
+        }
+        v_store(dst + j, v_load_f16(rest));
+    }
+}
+
+// what a cell's next tile lies in, on its way while this one is worked on
+V_INLINE void prefetch_row(const uint8_t * x, int64_t n_bytes) {
+    for (int64_t i = 0; i < n_bytes; i += 64) {
+        prefetch(x + i);
+    }
+}
+
+struct tile {
+    const uint8_t * data;    // row 0
+    size_t          nb;      // bytes from row to row
+    int             n;       // rows
+    int64_t         n_block; // blocks per row
+    int64_t         n_bytes; // bytes per row
+};
+
+//
+// few query rows: scores and outputs straight from the rows as they are stored
+//
+
+// S[r][j] = Q[r] . K[j], for N query rows
+template <class row, int N>
+void dot_rows(const float * Q, int64_t ld, const tile & k, float * S) {
+    alignas(64) float d[LLAMA_KV_MIXED_ATTN_MAX_EMBD/BLOCK][TILE];
+    if constexpr (row::scaled) {
+        for (int64_t b = 0; b < k.n_block; ++b) {
+            load_scales<row>(k.data, k.nb, k.n, b, d[b]);
+        }
+    }
+
+    // four cells at a time, the last one again when their number is not a multiple of that
+    for (int j0 = 0; j0 < k.n; j0 += 4) {
+        int j[4];
+        const uint8_t * x[4];
+KVM_UNROLL
+        for (int p = 0; p < 4; ++p) {
+            j[p] = j0 + p < k.n ? j0 + p : k.n - 1;
+            x[p] = k.data + j[p]*k.nb;
+            prefetch_row(x[p] + TILE*k.nb, k.n_bytes);
+        }
+
+        vf acc[N][4];
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+KVM_UNROLL
+            for (int p = 0; p < 4; ++p) {
+                acc[r][p] = v_zero();
+            }
+        }
+
+        for (int64_t b = 0; b < k.n_block; ++b) {
+            if constexpr (row::scaled) {
+KVM_UNROLL
+                for (int p = 0; p < 4; ++p) {
+                    vf sum[N];
+KVM_UNROLL
+                    for (int r = 0; r < N; ++r) {
+                        sum[r] = v_zero();
+                    }
+KVM_UNROLL
+                    for (int i = 0; i < V_BLOCK; ++i) {
+                        const vf y = row::load(x[p], b, i);
+KVM_UNROLL
+                        for (int r = 0; r < N; ++r) {
+                            sum[r] = v_fma(y, v_load(Q + r*ld + b*BLOCK + i*V_LEN), sum[r]);
+                        }
+                    }
+KVM_UNROLL
+                    for (int r = 0; r < N; ++r) {
+                        acc[r][p] = v_fma(sum[r], v_set(d[b][j[p]]), acc[r][p]);
+                    }
+                }
+            } else {
+KVM_UNROLL
+                for (int i = 0; i < V_BLOCK; ++i) {
+KVM_UNROLL
+                    for (int p = 0; p < 4; ++p) {
+                        const vf y = row::load(x[p], b, i);
+KVM_UNROLL
+                        for (int r = 0; r < N; ++r) {
+                            acc[r][p] = v_fma(y, v_load(Q + r*ld + b*BLOCK + i*V_LEN), acc[r][p]);
+                        }
+                    }
+                }
+            }
+        }
+
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+            v_hsum4(S + r*TILE + j0, acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+        }
+    }
+}
+
+// O[r] += sum over j of P[r][j] V[j], for N query rows
+template <class row, int N>
+void acc_rows(const float * P, const tile & v, float * O, int64_t ld) {
+    alignas(64) float d[TILE];
+    alignas(64) float w[N][TILE];
+
+    for (int64_t b = 0; b < v.n_block; ++b) {
+        if constexpr (row::scaled) {
+            load_scales<row>(v.data, v.nb, v.n, b, d);
+        }
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+            for (int j = 0; j < TILE; j += V_LEN) {
+                const vf p = v_load(P + r*TILE + j);
+                v_store(w[r] + j, row::scaled ? v_mul(p, v_load(d + j)) : p);
+            }
+        }
+
+        vf acc[N][V_BLOCK];
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+KVM_UNROLL
+            for (int i = 0; i < V_BLOCK; ++i) {
+                acc[r][i] = v_load(O + r*ld + b*BLOCK + i*V_LEN);
+            }
+        }
+
+        for (int j = 0; j < v.n; ++j) {
+            const uint8_t * x = v.data + j*v.nb;
+            if (b == 0) {
+                prefetch_row(x + TILE*v.nb, v.n_bytes);
+            }
+KVM_UNROLL
+            for (int i = 0; i < V_BLOCK; ++i) {
+                const vf y = row::load(x, b, i);
+KVM_UNROLL
+                for (int r = 0; r < N; ++r) {
+                    acc[r][i] = v_fma(y, v_set(w[r][j]), acc[r][i]);
+                }
+            }
+        }
+
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+KVM_UNROLL
+            for (int i = 0; i < V_BLOCK; ++i) {
+                v_store(O + r*ld + b*BLOCK + i*V_LEN, acc[r][i]);
+            }
+        }
+    }
+}
+
+// a template for every number of rows up to the one that fits in registers
+template <class row, int N>
+void dot_rows_n(int n, const float * Q, int64_t ld, const tile & k, float * S) {
+    if (n == N) {
+        dot_rows<row, N>(Q, ld, k, S);
+    } else if constexpr (N > 1) {
+        dot_rows_n<row, N - 1>(n, Q, ld, k, S);
+    }
+}
+
+template <class row, int N>
+void acc_rows_n(int n, const float * P, const tile & v, float * O, int64_t ld) {
+    if (n == N) {
+        acc_rows<row, N>(P, v, O, ld);
+    } else if constexpr (N > 1) {
+        acc_rows_n<row, N - 1>(n, P, v, O, ld);
+    }
+}
+
+// n rows in groups of nearly equal size, none above the most
+V_INLINE int group_size(int64_t n, int most) {
+    const int64_t n_group = (n + most - 1)/most;
+    return (int) ((n + n_group - 1)/n_group);
+}
+
+template <class row>
+void dot_all(const float * Q, int64_t ld, int64_t n_rows, const tile & k, float * S) {
+    const int size = group_size(n_rows, V_ROWS_DOT);
+    for (int64_t r = 0; r < n_rows; r += size) {
+        const int n = (int) (n_rows - r < size ? n_rows - r : size);
+        dot_rows_n<row, V_ROWS_DOT>(n, Q + r*ld, ld, k, S + r*TILE);
+    }
+}
+
+template <class row>
+void acc_all(const float * P, int64_t n_rows, const tile & v, float * O, int64_t ld) {
+    const int size = group_size(n_rows, V_ROWS_ACC);
+    for (int64_t r = 0; r < n_rows; r += size) {
+        const int n = (int) (n_rows - r < size ? n_rows - r : size);
+        acc_rows_n<row, V_ROWS_ACC>(n, P + r*TILE, v, O + r*ld, ld);
+    }
+}
+
+//
+// few query rows against K in Q4_0: the query in 8 bits, cells in lanes
+//
+
+// Two blocks are 36 bytes, nine words: [d0 | 16 bytes | d1 | 16 bytes]. The query is laid out likewise, with zeros where
+// the scales are: words [0, 9) meet the low nibbles, [9, 18) the high ones. Word 4 has the end of the first block and
+// the scale of the second.
+struct query_q8 {
+    int32_t word[18];
+    float   d  [2]; // scale of the query's block
+    int32_t sum[2]; // -8 times the sum of its values: nibbles are stored with 8 added
+};
+
+// blocks of 32 values in 8 bits with the largest at 127, as ggml's Q8_0
+void quantize_query(const float * Q, int64_t n_pair, query_q8 * dst) {
+    for (int64_t i = 0; i < n_pair; ++i) {
+        int8_t byte[2][36] = {};
+        for (int b = 0; b < 2; ++b) {
+            const float * x = Q + 64*i + 32*b;
+            vf most = v_zero();
+            for (int j = 0; j < 32; j += V_LEN) {
+                most = v_max(most, v_abs(v_load(x + j)));
+            }
+            const float amax = v_hmax(most);
+
+            const vf scale = v_set(amax > 0.0f ? 127.0f/amax : 0.0f);
+            vi sum = v_izero();
+            for (int j = 0; j < 32; j += V_LEN) {
+                const vi y = v_to_int(v_mul(v_load(x + j), scale));
+                v_store_i8(byte[j/16] + 18*b + 2 + j%16, y);
+                sum = v_iadd(sum, y);
+            }
+            dst[i].d  [b] = amax/127.0f;
+            dst[i].sum[b] = -8*v_ihsum(sum);
+        }
+        memcpy(dst[i].word, byte, sizeof(byte));
+    }
+}
+
+// word w of every cell with that of N queries
+template <int N>
+V_INLINE void dot_word(va sum[N], vi word, const query_q8 * Q, int64_t n_pair, int w) {
+    const vi lo = v_nibble_lo(word);
+    const vi hi = v_nibble_hi(word);
+KVM_UNROLL
+    for (int r = 0; r < N; ++r) {
+        sum[r] = v_dot(sum[r], lo, Q[r*n_pair].word[w]);
+        sum[r] = v_dot(sum[r], hi, Q[r*n_pair].word[w + 9]);
+    }
+}
+
+template <int N>
+void dot_rows_q4_0(const query_q8 * Q, int64_t n_pair, const tile & k, float * S) {
+    for (int j = 0; j < k.n; j += V_LEN) {
+        for (int p = 0; p < V_LEN; ++p) {
+            prefetch_row(k.data + (j + p + TILE)*k.nb, k.n_bytes);
+        }
+
+        vf acc[N];
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+            acc[r] = v_zero();
+        }
+
+        for (int64_t i = 0; i < n_pair; ++i) {
+            const uint8_t * x = k.data + j*k.nb + i*2*SIZE_Q4;
+
+            va sum[2][N];
+KVM_UNROLL
+            for (int r = 0; r < N; ++r) {
+                sum[0][r] = v_dot_zero();
+                sum[1][r] = v_dot_zero();
+            }
+
+            vi word[4];
+
+            v_transpose4(x, k.nb, word);
+            const vf d0 = v_f16_lo(word[0]);
+            dot_word<N>(sum[0], word[0], Q + i, n_pair, 0);
+            dot_word<N>(sum[0], word[1], Q + i, n_pair, 1);
+            dot_word<N>(sum[0], word[2], Q + i, n_pair, 2);
+            dot_word<N>(sum[0], word[3], Q + i, n_pair, 3);
+
+            v_transpose4(x + 16, k.nb, word);
+            const vf d1 = v_f16_hi(word[0]);
+            dot_word<N>(sum[0], word[0], Q + i, n_pair, 4);
+            dot_word<N>(sum[1], word[1], Q + i, n_pair, 5);
+            dot_word<N>(sum[1], word[2], Q + i, n_pair, 6);
+            dot_word<N>(sum[1], word[3], Q + i, n_pair, 7);
+
+            v_transpose4(x + 20, k.nb, word);
+            dot_word<N>(sum[1], word[3], Q + i, n_pair, 8);
+
+KVM_UNROLL
+            for (int r = 0; r < N; ++r) {
+                const query_q8 & q = Q[r*n_pair + i];
+                acc[r] = v_fma(v_dot_sum(sum[0][r], q.sum[0]), v_mul(d0, v_set(q.d[0])), acc[r]);
+                acc[r] = v_fma(v_dot_sum(sum[1][r], q.sum[1]), v_mul(d1, v_set(q.d[1])), acc[r]);
+            }
+        }
+
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+            v_store(S + r*TILE + j, acc[r]);
+        }
+    }
+}
+
+template <int N>
+void dot_rows_q4_0_n(int n, const query_q8 * Q, int64_t n_pair, const tile & k, float * S) {
+    if (n == N) {
+        dot_rows_q4_0<N>(Q, n_pair, k, S);
+    } else if constexpr (N > 1) {
+        dot_rows_q4_0_n<N - 1>(n, Q, n_pair, k, S);
+    }
+}
+
+//
+// few query rows against V in Q4_0: weights in 16 bits, elements in lanes
+//
+
+// O[r] += sum over j of P[r][j] V[j]; pmax[r]: no weight of P[r] is above it
+// A weight times its cell's scale is rounded to a whole number of (pmax * largest scale)/32767.
+template <int N>
+void acc_rows_q4_0(const float * P, const float * pmax, const tile & v, float * O, int64_t ld) {
+    alignas(64) float   d[TILE];
+    alignas(64) int16_t w[N][TILE];
+
+    for (int64_t b = 0; b < v.n_block; ++b) {
+        load_scales<row_q4_0>(v.data, v.nb, v.n, b, d);
+        for (int j = (v.n + V_LEN - 1)/V_LEN*V_LEN; j < TILE; j += V_LEN) {
+            v_store(d + j, v_zero());
+        }
+
+        vf most = v_zero();
+        for (int j = 0; j < TILE; j += V_LEN) {
+            most = v_max(most, v_abs(v_load(d + j)));
+        }
+        const float dmax = v_hmax(most);
+        if (dmax == 0.0f) {
+            continue;
+        }
+
+        float   unit[N];
+        int32_t sum [N];
+        for (int r = 0; r < N; ++r) {
+            unit[r] = pmax[r]*dmax/32767.0f;
+            const vf scale = v_set(unit[r] > 0.0f ? 1.0f/unit[r] : 0.0f);
+            vi s = v_izero();
+            for (int j = 0; j < TILE; j += V_LEN) {
+                const vi x = v_to_int(v_mul(v_mul(v_load(P + r*TILE + j), v_load(d + j)), scale));
+                v_store_i16(w[r] + j, x);
+                s = v_iadd(s, x);
+            }
+            sum[r] = -8*v_ihsum(s);
+        }
+
+        vi acc[N][V_BLOCK];
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+KVM_UNROLL
+            for (int i = 0; i < V_BLOCK; ++i) {
+                acc[r][i] = v_izero();
+            }
+        }
+
+        for (int j = 0; j < v.n; j += 4) {
+            const uint8_t * x = v.data + j*v.nb + b*SIZE_Q4 + 2;
+            if (b == 0) {
+                for (int p = 0; p < 4; ++p) {
+                    prefetch_row(x + (p + TILE)*v.nb, v.n_bytes);
+                }
+            }
+            vi y[2*V_BLOCK];
+            v_load_i4_pairs(x, v.nb, y);
+KVM_UNROLL
+            for (int r = 0; r < N; ++r) {
+                const int32_t w0 = load_i32(w[r] + j);
+                const int32_t w1 = load_i32(w[r] + j + 2);
+KVM_UNROLL
+                for (int i = 0; i < V_BLOCK; ++i) {
+                    acc[r][i] = v_dot16(acc[r][i], y[i          ], w0);
+                    acc[r][i] = v_dot16(acc[r][i], y[i + V_BLOCK], w1);
+                }
+            }
+        }
+
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+KVM_UNROLL
+            for (int i = 0; i < V_BLOCK; ++i) {
+                float * dst = O + r*ld + b*BLOCK + i*V_LEN;
+                v_store(dst, v_fma(v_from_int(v_iadd(acc[r][i], v_iset(sum[r]))), v_set(unit[r]), v_load(dst)));
+            }
+        }
+    }
+}
+
+template <int N>
+void acc_rows_q4_0_n(int n, const float * P, const float * pmax, const tile & v, float * O, int64_t ld) {
+    if (n == N) {
+        acc_rows_q4_0<N>(P, pmax, v, O, ld);
+    } else if constexpr (N > 1) {
+        acc_rows_q4_0_n<N - 1>(n, P, pmax, v, O, ld);
+    }
+}
+
+//
+// many query rows: a tile is expanded to floats once, scores and outputs are matrix products
+//
+
+// C (+)= A B with M rows of A; N_VEC vectors of columns; n_in: columns of A, rows of B
+template <int M, int N_VEC, bool add>
+V_INLINE void gemm_block(const float * A, int64_t lda, const float * B, int64_t ldb, float * C, int64_t ldc, int64_t n_in) {
+    vf acc[M][N_VEC];
+KVM_UNROLL
+    for (int m = 0; m < M; ++m) {
+KVM_UNROLL
+        for (int n = 0; n < N_VEC; ++n) {
+            acc[m][n] = add ? v_load(C + m*ldc + n*V_LEN) : v_zero();
+        }
+    }
+    for (int64_t i = 0; i < n_in; ++i) {
+        vf b[N_VEC];
+KVM_UNROLL
+        for (int n = 0; n < N_VEC; ++n) {
+            b[n] = v_load(B + i*ldb + n*V_LEN);
+        }
+KVM_UNROLL
+        for (int m = 0; m < M; ++m) {
+            const vf a = v_set(A[m*lda + i]);
+KVM_UNROLL
+            for (int n = 0; n < N_VEC; ++n) {
+                acc[m][n] = v_fma(a, b[n], acc[m][n]);
+            }
+        }
+    }
+KVM_UNROLL
+    for (int m = 0; m < M; ++m) {
+KVM_UNROLL
+        for (int n = 0; n < N_VEC; ++n) {
+            v_store(C + m*ldc + n*V_LEN, acc[m][n]);
+        }
+    }
+}
+
+template <int M, int N_VEC, bool add>
+V_INLINE void gemm_rows(int64_t n_rows, const float * A, int64_t lda, const float * B, int64_t ldb, float * C, int64_t ldc, int64_t n_in) {
+    int64_t r = 0;
+    for (; r + M <= n_rows; r += M) {
+        gemm_block<M, N_VEC, add>(A + r*lda, lda, B, ldb, C + r*ldc, ldc, n_in);
+    }
+    for (; r < n_rows; ++r) {
+        gemm_block<1, N_VEC, add>(A + r*lda, lda, B, ldb, C + r*ldc, ldc, n_in);
+    }
+}
+
+// n_cols: a multiple of BLOCK
+template <bool add>
+void gemm(int64_t n_rows, int64_t n_cols, int64_t n_in, const float * A, int64_t lda, const float * B, int64_t ldb, float * C, int64_t ldc) {
+    constexpr int step = V_GEMM_VECS*V_LEN;
+    int64_t c = 0;
+    for (; c + step <= n_cols; c += step) {
+        gemm_rows<V_GEMM_ROWS, V_GEMM_VECS, add>(n_rows, A, lda, B + c, ldb, C + c, ldc, n_in);
+    }
+    for (; c < n_cols; c += BLOCK) {
+        gemm_rows<V_GEMM_ROWS, V_BLOCK < V_GEMM_VECS ? V_BLOCK : V_GEMM_VECS, add>(n_rows, A, lda, B + c, ldb, C + c, ldc, n_in);
+    }
+}
+
+// rows to floats, padded with zeros to whole blocks
+template <class row>
+void expand(const tile & t, float * dst, int64_t ld) {
+    alignas(64) float d[TILE];
+    for (int64_t b = 0; b < t.n_block; ++b) {
+        if constexpr (row::scaled) {
+            load_scales<row>(t.data, t.nb, t.n, b, d);
+        }
+        for (int j = 0; j < t.n; ++j) {
+            const uint8_t * x = t.data + j*t.nb;
+            if (b == 0) {
+                prefetch_row(x + TILE*t.nb, t.n_bytes);
+            }
+KVM_UNROLL
+            for (int i = 0; i < V_BLOCK; ++i) {
+                const vf y = row::load(x, b, i);
+                v_store(dst + j*ld + b*BLOCK + i*V_LEN, row::scaled ? v_mul(y, v_set(d[j])) : y);
+            }
+        }
+    }
+}
+
+void expand_any(const tile & t, int32_t type, int64_t n_embd, float * dst, int64_t ld) {
+    if (n_embd % BLOCK == 0) {
+        switch (type) {
+            case GGML_TYPE_F32:  expand<row_f32 >(t, dst, ld); return;
+            case GGML_TYPE_F16:  expand<row_f16 >(t, dst, ld); return;
+            case GGML_TYPE_BF16: expand<row_bf16>(t, dst, ld); return;
+            case GGML_TYPE_Q8_0: expand<row_q8_0>(t, dst, ld); return;
+            case GGML_TYPE_Q4_0: expand<row_q4_0>(t, dst, ld); return;
+            default: break;
+        }
+    }
+    const auto to_float = ggml_get_type_traits((ggml_type) type)->to_float;
+    for (int j = 0; j < t.n; ++j) {
+        const uint8_t * x = t.data + j*t.nb;
+        prefetch_row(x + TILE*t.nb, t.n_bytes);
+        if (to_float) {
+            to_float(x, dst + j*ld, n_embd);
+        } else {
+            memcpy(dst + j*ld, x, n_embd*sizeof(float));
+        }
+        memset(dst + j*ld + n_embd, 0, (ld - n_embd)*sizeof(float));
+    }
+}
+
+// dst[i][j] = src[j][i]: rows of TILE; n_embd: a multiple of 4
+void transpose(const float * src, int64_t ld, int64_t n_embd, float * dst) {
+    for (int j = 0; j < TILE; j += V_LEN) {
+        for (int64_t i = 0; i < n_embd; i += 4) {
+            vi x[4];
+            v_transpose4((const uint8_t *) (src + j*ld + i), ld*sizeof(float), x);
+KVM_UNROLL
+            for (int p = 0; p < 4; ++p) {
+                v_store(dst + (i + p)*TILE + j, v_from_bits(x[p]));
+            }
+        }
+    }
+}
+
+//
+// softmax
+//
+
+// what a mask says of a token and a tile
+enum mask_kind : uint8_t {
+    MASK_NONE, // every cell counts as it is
+    MASK_SOME,
+    MASK_ALL,  // no cell counts
+};
+
+// a token's mask over n cells, as TILE floats: -inf beyond them
+V_INLINE mask_kind load_mask(const attn_args & a, int64_t stream, int64_t token, int64_t cell, int n, float * dst) {
+    const float inf = INFINITY;
+
+    if (n < TILE) {
+        for (int j = 0; j < TILE; ++j) {
+            dst[j] = j < n ? 0.0f : -inf;
+        }
+        if (!a.mask) {
+            return MASK_SOME;
+        }
+    } else if (!a.mask) {
+        return MASK_NONE;
+    }
+
+    const uint8_t * x = (const uint8_t *) a.mask + token*a.nb_mask[0] + stream*a.nb_mask[1];
+
+    if (n == TILE) {
+        vf lo = v_set( inf);
+        vf hi = v_set(-inf);
+        for (int j = 0; j < TILE; j += V_LEN) {
+            const vf y = a.mask_f16 ? v_load_f16(x + 2*(cell + j)) : v_load((const float *) x + cell + j);
+            v_store(dst + j, y);
+            lo = v_min(lo, y);
+            hi = v_max(hi, y);
+        }
+        const float most = v_hmax(hi);
+        if (most == -inf) {
+            return MASK_ALL;
+        }
+        return most == 0.0f && v_hmax(v_sub(v_zero(), lo)) == 0.0f ? MASK_NONE : MASK_SOME;
+    }
+
+    bool any = false;
+    for (int j = 0; j < n; ++j) {
+        if (a.mask_f16) {
+            const ggml_fp16_t y = load_u16(x + 2*(cell + j));
+            dst[j] = ggml_fp16_to_fp32(y);
+        } else {
+            dst[j] = ((const float *) x)[cell + j];
+        }
+        any |= dst[j] != -inf;
+    }
+    return any ? MASK_SOME : MASK_ALL;
+}
+
+// slope of a head's bias, as ggml's soft_max has it (ALiBi, Press et al. 2022)
+float alibi_slope(const attn_args & a, int64_t head) {
+    if (a.max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    int64_t n = 1;
+    while (2*n <= a.n_head) {
+        n *= 2;
+    }
+    const float m0 = powf(2.0f, -a.max_bias/n);
+    const float m1 = powf(2.0f, -a.max_bias/2.0f/n);
+    return head < n ? powf(m0, (float) (head + 1)) : powf(m1, (float) (2*(head - n) + 1));
+}
+
+// n scores to weights in place, TILE of them; O, m, s: the row's output, largest score and sums of weights so far, V_LEN of
+// these; returns the largest of the weights
+V_INLINE float softmax_row(float * S, int n, const float * mask, float slope, float softcap, float * O, int64_t n_embd, float & m, float * s) {
+    for (int j = n; j < TILE; ++j) {
+        S[j] = 0.0f; // their mask is -inf
+    }
+
+    constexpr int N_VEC = TILE/V_LEN;
+    vf x[N_VEC];
+
+KVM_UNROLL
+    for (int i = 0; i < N_VEC; ++i) {
+        x[i] = v_load(S + i*V_LEN);
+        if (softcap != 0.0f) {
+            x[i] = v_mul(v_set(softcap), v_tanh(x[i]));
+        }
+        if (mask) {
+            x[i] = v_fma(v_set(slope), v_load(mask + i*V_LEN), x[i]);
+        }
+    }
+
+    vf most = x[0];
+KVM_UNROLL
+    for (int i = 1; i < N_VEC; ++i) {
+        most = v_max(most, x[i]);
+    }
+
+    const float m_tile = v_hmax(most);
+    if (m_tile == -INFINITY) { // nothing counts: the weights are 0, not e^(inf - inf)
+        memset(S, 0, TILE*sizeof(float));
+        return 0.0f;
+    }
+
+    vf sum = v_load(s);
+    if (m_tile > m) {
+        if (m != -INFINITY) {
+            const vf c = v_exp(v_set(m - m_tile));
+            for (int64_t i = 0; i < n_embd; i += V_LEN) {
+                v_store(O + i, v_mul(v_load(O + i), c));
+            }
+            sum = v_mul(sum, c);
+        }
+        m = m_tile;
+    }
+
+    const vf base = v_set(m);
+KVM_UNROLL
+    for (int i = 0; i < N_VEC; ++i) {
+        const vf w = v_exp(v_sub(x[i], base));
+        v_store(S + i*V_LEN, w);
+        sum = v_add(sum, w);
+    }
+    v_store(s, sum);
+
+    return exp_1(m_tile - m);
+}
+
+//
+// task
+//
+
+// a task's part of the scratch memory
+struct workspace {
+    float    * Q;    // [n_rows][ld_k], scaled
+    query_q8 * Q8;   // [n_rows][ld_k/64]
+    float    * O;    // [n_rows][ld_v]
+    float    * m;    // [n_rows]
+    float    * s;    // [n_rows][V_LEN]
+    float    * pmax; // [n_rows], few query rows
+    float    * S;    // [ROWS][TILE]
+    float    * mask; // [n_tpb][TILE]
+    float    * K;    // [TILE][ld_k]
+    float    * KT;   // [ld_k][TILE]
+    float    * V;    // [TILE][ld_v]
+};
+
+// few query rows
+void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows, int64_t /*n_tokens*/,
+        const tile & k, int32_t type_k, const tile & v, int32_t type_v, const mask_kind * kind, const float * slope) {
+    float * S = w.S;
+
+    const bool whole_k = a.n_embd_k % BLOCK == 0;
+    const bool whole_v = a.n_embd_v % BLOCK == 0;
+
+    if (type_k == GGML_TYPE_Q4_0 && a.n_embd_k % (2*BLOCK) == 0) {
+        // whole vectors of cells are read: the last ones of a cache are copied to where there is room behind them
+        tile t = k;
+        if (k.n % V_LEN != 0) {
+            t.data = (const uint8_t *) w.K;
+            t.nb   = k.n_bytes;
+            for (int j = 0; j < k.n; ++j) {
+                memcpy((uint8_t *) w.K + j*k.n_bytes, k.data + j*k.nb, k.n_bytes);
+            }
+            const int n = (k.n + V_LEN - 1)/V_LEN*V_LEN;
+            memset((uint8_t *) w.K + k.n*k.n_bytes, 0, (n - k.n)*k.n_bytes);
+        }
+        const int64_t n_pair = a.n_embd_k/(2*BLOCK);
+        const int size = group_size(n_rows, V_ROWS_DOT);
+        for (int64_t r = 0; r < n_rows; r += size) {
+            const int n = (int) (n_rows - r < size ? n_rows - r : size);
+            dot_rows_q4_0_n<V_ROWS_DOT>(n, w.Q8 + r*n_pair, n_pair, t, S + r*TILE);
+        }
+    } else if (whole_k && type_k == GGML_TYPE_F16 ) { dot_all<row_f16 >(w.Q, p.ld_k, n_rows, k, S);
+    } else if (whole_k && type_k == GGML_TYPE_BF16) { dot_all<row_bf16>(w.Q, p.ld_k, n_rows, k, S);
+    } else if (whole_k && type_k == GGML_TYPE_F32 ) { dot_all<row_f32 >(w.Q, p.ld_k, n_rows, k, S);
+    } else if (whole_k && type_k == GGML_TYPE_Q8_0) { dot_all<row_q8_0>(w.Q, p.ld_k, n_rows, k, S);
+    } else if (whole_k && type_k == GGML_TYPE_Q4_0) { dot_all<row_q4_0>(w.Q, p.ld_k, n_rows, k, S);
+    } else {
+        expand_any(k, type_k, a.n_embd_k, w.K, p.ld_k);
+        const tile t = { (const uint8_t *) w.K, p.ld_k*sizeof(float), k.n, p.ld_k/BLOCK, 0 };
+        dot_all<row_f32>(w.Q, p.ld_k, n_rows, t, S);
+    }
+
+    for (int64_t r = 0; r < n_rows; ++r) {
+        const int64_t t = r/p.n_gqa;
+        w.pmax[r] = softmax_row(S + r*TILE, k.n, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, slope[r % p.n_gqa],
+            a.logit_softcap, w.O + r*p.ld_v, p.ld_v, w.m[r], w.s + r*V_LEN);
+    }
+    if      (whole_v && type_v == GGML_TYPE_F16 ) { acc_all<row_f16 >(S, n_rows, v, w.O, p.ld_v); }
+    else if (whole_v && type_v == GGML_TYPE_BF16) { acc_all<row_bf16>(S, n_rows, v, w.O, p.ld_v); }
+    else if (whole_v && type_v == GGML_TYPE_F32 ) { acc_all<row_f32 >(S, n_rows, v, w.O, p.ld_v); }
+    else if (whole_v && type_v == GGML_TYPE_Q8_0) { acc_all<row_q8_0>(S, n_rows, v, w.O, p.ld_v); }
+    else if (whole_v && type_v == GGML_TYPE_Q4_0 && v.n % 4 == 0) {
+        const int size = group_size(n_rows, V_ROWS_ACC);
+        for (int64_t r = 0; r < n_rows; r += size) {
+            const int n = (int) (n_rows - r < size ? n_rows - r : size);
+            acc_rows_q4_0_n<V_ROWS_ACC>(n, S + r*TILE, w.pmax + r, v, w.O + r*p.ld_v, p.ld_v);
+        }
+    }
+    else if (whole_v && type_v == GGML_TYPE_Q4_0) { acc_all<row_q4_0>(S, n_rows, v, w.O, p.ld_v); }
+    else {
+        expand_any(v, type_v, a.n_embd_v, w.V, p.ld_v);
+        const tile t = { (const uint8_t *) w.V, p.ld_v*sizeof(float), v.n, p.ld_v/BLOCK, 0 };
+        acc_all<row_f32>(S, n_rows, t, w.O, p.ld_v);
+    }
+}
+
+// many query rows
+void attend_gemm(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows, int64_t n_tokens,
+        const tile & k, int32_t type_k, const tile & v, int32_t type_v, const mask_kind * kind, const float * slope) {
+    // cells behind the last one: finite, and masked
+    expand_any(k, type_k, a.n_embd_k, w.K, p.ld_k);
+    memset(w.K + k.n*p.ld_k, 0, (TILE - k.n)*p.ld_k*sizeof(float));
+    transpose(w.K, p.ld_k, p.ld_k, w.KT);
+
+    expand_any(v, type_v, a.n_embd_v, w.V, p.ld_v);
+    memset(w.V + v.n*p.ld_v, 0, (TILE - v.n)*p.ld_v*sizeof(float));
+
+    const int64_t step = ROWS >= p.n_gqa ? ROWS/p.n_gqa : 1; // tokens
+
+    for (int64_t t0 = 0; t0 < n_tokens; t0 += step) {
+        const int64_t t1 = t0 + step < n_tokens ? t0 + step : n_tokens;
+
+        bool all = true;
+        for (int64_t t = t0; t < t1; ++t) {
+            all &= kind[t] == MASK_ALL;
+        }
+        if (all) {
+            continue;
+        }
+
+        const int64_t r1 = t1*p.n_gqa < n_rows ? t1*p.n_gqa : n_rows;
+        for (int64_t r0 = t0*p.n_gqa; r0 < r1; r0 += ROWS) {
+            const int64_t n = r1 - r0 < ROWS ? r1 - r0 : ROWS;
+
+            gemm<false>(n, TILE, p.ld_k, w.Q + r0*p.ld_k, p.ld_k, w.KT, TILE, w.S, TILE);
+
+            for (int64_t i = 0; i < n; ++i) {
+                const int64_t r = r0 + i;
+                const int64_t t = r/p.n_gqa;
+                softmax_row(w.S + i*TILE, k.n, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, slope[r % p.n_gqa],
+                    a.logit_softcap, w.O + r*p.ld_v, p.ld_v, w.m[r], w.s + r*V_LEN);
+            }
+
+            gemm<true>(n, p.ld_v, TILE, w.S, TILE, w.V, p.ld_v, w.O + r0*p.ld_v, p.ld_v);
+        }
+    }
+}
+
+// a row's output from its sum of weighted V rows, and the attention sink's share of the weights
+V_INLINE void finish_row(const attn_args & a, int64_t head, const float * O, float m, float s, float * dst) {
+    float c = 1.0f;
+    if (a.sinks) {
+        const float sink = a.sinks[head];
+        if (sink > m) {
+            c = m == -INFINITY ? 0.0f : exp_1(m - sink);
+            s = s*c + 1.0f;
+        } else {
+            s += exp_1(sink - m);
+        }
+    }
+    // a token that sees no cell at all: 0
+    c = s > 0.0f ? c/s : 0.0f;
+    for (int64_t i = 0; i < a.n_embd_v; ++i) {
+        dst[i] = O[i]*c;
+    }
+}
+
+void attn_task(const attn_args & a, const attn_plan & p, int64_t task, float * partial, float * scratch) {
+    // heads next to each other read cells next to each other
+    const int64_t ikv    = task % a.n_head_kv;
+    const int64_t chunk  = task / a.n_head_kv % p.n_chunk;
+    const int64_t block  = task / a.n_head_kv / p.n_chunk % p.n_block;
+    const int64_t stream = task / a.n_head_kv / p.n_chunk / p.n_block;
+
+    const int64_t token0   = block*p.n_tpb;
+    const int64_t n_tokens = a.n_tokens - token0 < p.n_tpb ? a.n_tokens - token0 : p.n_tpb;
+    const int64_t n_rows   = n_tokens*p.n_gqa;
+
+    workspace w;
+    float * next = scratch;
+    const auto take = [&next](int64_t n) { float * res = next; next += (n + 15)/16*16; return res; };
+    w.Q    = take(p.n_rows*p.ld_k);
+    w.Q8   = (query_q8 *) take(p.gemm ? 0 : p.n_rows*p.ld_k/64*(int64_t) (sizeof(query_q8)/sizeof(float)));
+    w.O    = take(p.n_rows*p.ld_v);
+    w.m    = take(p.n_rows);
+    w.s    = take(p.n_rows*V_LEN);
+    w.pmax = take(p.n_rows);
+    w.S    = take(ROWS*TILE);
+    w.mask = take(p.n_tpb*TILE);
+    w.K    = take(TILE*p.ld_k);
+    w.KT   = take(p.gemm ? TILE*p.ld_k : 0);
+    w.V    = take(TILE*p.ld_v);
+
+    mask_kind kind [LLAMA_KV_MIXED_ATTN_MAX_ROWS];
+    float     slope[LLAMA_KV_MIXED_ATTN_MAX_ROWS];
+
+    // ggml divides the scale, then multiplies what tanh gives
+    const float scale = a.logit_softcap != 0.0f ? a.scale/a.logit_softcap : a.scale;
+
+    for (int64_t r = 0; r < n_rows; ++r) {
+        const int64_t head = ikv*p.n_gqa + r % p.n_gqa;
+        const float * q = (const float *) ((const uint8_t *) a.q
+            + head*a.nb_q[0] + (token0 + r/p.n_gqa)*a.nb_q[1] + stream*a.nb_q[2]);
+        float * dst = w.Q + r*p.ld_k;
+        for (int64_t i = 0; i < a.n_embd_k; ++i) {
+            dst[i] = q[i]*scale;
+        }
+        memset(dst + a.n_embd_k, 0, (p.ld_k - a.n_embd_k)*sizeof(float));
+        w.m[r] = -INFINITY;
+        v_store(w.s + r*V_LEN, v_zero());
+    }
+    memset(w.O, 0, n_rows*p.ld_v*sizeof(float));
+    for (int64_t g = 0; g < p.n_gqa; ++g) {
+        slope[g] = alibi_slope(a, ikv*p.n_gqa + g);
+    }
+
+    const bool q8 = !p.gemm && a.n_embd_k % (2*BLOCK) == 0 &&
+        (a.seg[0].type_k == GGML_TYPE_Q4_0 || a.seg[1].type_k == GGML_TYPE_Q4_0);
+    if (q8) {
+        for (int64_t r = 0; r < n_rows; ++r) {
+            quantize_query(w.Q + r*p.ld_k, a.n_embd_k/(2*BLOCK), w.Q8 + r*(a.n_embd_k/(2*BLOCK)));
+        }
+    }
+
+    // the chunk's tiles; none lies in both segments
+    int64_t tile0 = chunk*p.n_tile;
+    int64_t n_left = p.n_tile;
+    int64_t cell0 = 0; // of the segment
+
+    for (int i = 0; i < 2; ++i) {
+        const auto & seg = a.seg[i];
+
+        const int64_t n_tile_seg = (seg.n_kv + TILE - 1)/TILE;
+
+        for (; tile0 < n_tile_seg && n_left > 0; ++tile0, --n_left) {
+            const int64_t cell = tile0*TILE;
+            const int n = (int) (seg.n_kv - cell < TILE ? seg.n_kv - cell : TILE);
+
+            bool all = true;
+            for (int64_t t = 0; t < n_tokens; ++t) {
+                kind[t] = load_mask(a, stream, token0 + t, cell0 + cell, n, w.mask + t*TILE);
+                all &= kind[t] == MASK_ALL;
+            }
+            if (all) {
+                continue;
+            }
+
+            const auto rows = [&](const void * x, const size_t nb[3], int32_t type, int64_t n_embd) {
+                return tile {
+                    (const uint8_t *) x + ikv*nb[0] + cell*nb[1] + stream*nb[2], nb[1], n,
+                    (n_embd + BLOCK - 1)/BLOCK, (int64_t) ggml_row_size((ggml_type) type, n_embd),
+                };
+            };
+
+            (p.gemm ? attend_gemm : attend)(a, p, w, n_rows, n_tokens,
+                rows(seg.k, seg.nb_k, seg.type_k, a.n_embd_k), seg.type_k,
+                rows(seg.v, seg.nb_v, seg.type_v, a.n_embd_v), seg.type_v, kind, slope);
+        }
+
+        tile0 -= n_tile_seg < tile0 ? n_tile_seg : tile0;
+        cell0 += seg.n_kv;
+    }
+
+    if (p.n_partial > 0) {
+        float * dst = partial + task*p.n_partial;
+        memcpy(dst, w.O, n_rows*p.ld_v*sizeof(float));
+        memcpy(dst + p.n_rows*p.ld_v,            w.m, n_rows*sizeof(float));
+        for (int64_t r = 0; r < n_rows; ++r) {
+            dst[p.n_rows*p.ld_v + p.n_rows + r] = v_hsum(v_load(w.s + r*V_LEN));
+        }
+        return;
+    }
+
+    for (int64_t r = 0; r < n_rows; ++r) {
+        const int64_t head = ikv*p.n_gqa + r % p.n_gqa;
+        float * dst = a.dst + ((stream*a.n_tokens + token0 + r/p.n_gqa)*a.n_head + head)*a.n_embd_v;
+        finish_row(a, head, w.O + r*p.ld_v, w.m[r], v_hsum(v_load(w.s + r*V_LEN)), dst);
+    }
+}
+
+void attn_merge(const attn_args & a, const attn_plan & p, const float * partial, int64_t row0, int64_t row1) {
+    for (int64_t row = row0; row < row1; ++row) {
+        const int64_t head   = row % a.n_head;
+        const int64_t token  = row / a.n_head % a.n_tokens;
+        const int64_t stream = row / a.n_head / a.n_tokens;
+
+        const int64_t block = token/p.n_tpb;
+        const int64_t r     = token % p.n_tpb*p.n_gqa + head % p.n_gqa;
+
+        // partial results of the row, chunk by chunk
+        const float * x = partial + ((stream*p.n_block + block)*p.n_chunk*a.n_head_kv + head/p.n_gqa)*p.n_partial;
+        const int64_t step = a.n_head_kv*p.n_partial;
+
+        float m = -INFINITY;
+        for (int64_t c = 0; c < p.n_chunk; ++c) {
+            const float y = x[c*step + p.n_rows*p.ld_v + r];
+            m = y > m ? y : m;
+        }
+
+        float O[LLAMA_KV_MIXED_ATTN_MAX_EMBD] = {};
+        float s = 0.0f;
+        for (int64_t c = 0; c < p.n_chunk; ++c) {
+            const float * y = x + c*step;
+            const float s_c = y[p.n_rows*p.ld_v + p.n_rows + r];
+            if (s_c == 0.0f) {
+                continue;
+            }
+            const float e = exp_1(y[p.n_rows*p.ld_v + r] - m);
+            s += e*s_c;
+            for (int64_t i = 0; i < p.ld_v; i += V_LEN) {
+                v_store(O + i, v_fma(v_set(e), v_load(y + r*p.ld_v + i), v_load(O + i)));
+            }
+        }
+
+        finish_row(a, head, O, m, s, a.dst + row*a.n_embd_v);
+    }
+}
+
+} // namespace
