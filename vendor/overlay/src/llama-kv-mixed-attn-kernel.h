@@ -11,7 +11,7 @@
 namespace {
 
 // cells that are worked on together
-constexpr int TILE = 64;
+constexpr int TILE = 128;
 
 // query rows that share a tile's scores while these are in the first cache level
 constexpr int ROWS = 48;
@@ -63,7 +63,9 @@ template <class row>
 V_INLINE void load_scales(const uint8_t * x, size_t nb, int n, int64_t b, float * dst) {
     int j = 0;
     for (; j + V_LEN <= n; j += V_LEN) {
-        v_store(dst + j, v_gather_f16(x + j*nb + b*row::size, nb));
+        vi word[4]; // the scale, and the first values
+        v_transpose4(x + j*nb + b*row::size, nb, word);
+        v_store(dst + j, v_f16_lo(word[0]));
     }
     if (j < n) {
         uint8_t rest[2*V_LEN] = {};
@@ -76,9 +78,11 @@ V_INLINE void load_scales(const uint8_t * x, size_t nb, int n, int64_t b, float 
 
 // what a cell's next tile lies in, on its way while this one is worked on
 V_INLINE void prefetch_row(const uint8_t * x, int64_t n_bytes) {
-    for (int64_t i = 0; i < n_bytes; i += 64) {
+    prefetch(x);
+    for (int64_t i = 64; i < n_bytes; i += 64) {
         prefetch(x + i);
     }
+    prefetch(x + n_bytes - 1); // rows do not begin where lines do
 }
 
 struct tile {
@@ -302,14 +306,19 @@ void quantize_query(const float * Q, int64_t n_pair, query_q8 * dst) {
 }
 
 // word w of every cell with that of N queries
+// (sums of their own for low and high nibbles where registers allow it: the additions of one sum wait for each other)
 template <int N>
-V_INLINE void dot_word(va sum[N], vi word, const query_q8 * Q, int64_t n_pair, int w) {
+V_INLINE void dot_word(va sum[V_DOT_SUMS][N], vi word, const query_q8 * Q, int64_t n_pair, int w) {
     const vi lo = v_nibble_lo(word);
     const vi hi = v_nibble_hi(word);
 KVM_UNROLL
     for (int r = 0; r < N; ++r) {
-        sum[r] = v_dot(sum[r], lo, Q[r*n_pair].word[w]);
-        sum[r] = v_dot(sum[r], hi, Q[r*n_pair].word[w + 9]);
+        sum[0][r] = v_dot(sum[0][r], lo, Q[r*n_pair].word[w]);
+    }
+KVM_UNROLL
+    for (int r = 0; r < N; ++r) {
+        sum[V_DOT_SUMS - 1][r] = v_dot(sum[V_DOT_SUMS - 1][r], hi, Q[r*n_pair].word[w + 9]);
+        KVM_KEEP(sum[V_DOT_SUMS - 1][r]);
     }
 }
 
@@ -329,11 +338,14 @@ KVM_UNROLL
         for (int64_t i = 0; i < n_pair; ++i) {
             const uint8_t * x = k.data + j*k.nb + i*2*SIZE_Q4;
 
-            va sum[2][N];
+            va sum[2][V_DOT_SUMS][N];
 KVM_UNROLL
             for (int r = 0; r < N; ++r) {
-                sum[0][r] = v_dot_zero();
-                sum[1][r] = v_dot_zero();
+KVM_UNROLL
+                for (int s = 0; s < V_DOT_SUMS; ++s) {
+                    sum[0][s][r] = v_dot_zero();
+                    sum[1][s][r] = v_dot_zero();
+                }
             }
 
             vi word[4];
@@ -358,8 +370,12 @@ KVM_UNROLL
 KVM_UNROLL
             for (int r = 0; r < N; ++r) {
                 const query_q8 & q = Q[r*n_pair + i];
-                acc[r] = v_fma(v_dot_sum(sum[0][r], q.sum[0]), v_mul(d0, v_set(q.d[0])), acc[r]);
-                acc[r] = v_fma(v_dot_sum(sum[1][r], q.sum[1]), v_mul(d1, v_set(q.d[1])), acc[r]);
+                if constexpr (V_DOT_SUMS == 2) {
+                    sum[0][0][r] = v_dot_add(sum[0][0][r], sum[0][1][r]);
+                    sum[1][0][r] = v_dot_add(sum[1][0][r], sum[1][1][r]);
+                }
+                acc[r] = v_fma(v_dot_sum(sum[0][0][r], q.sum[0]), v_mul(d0, v_set(q.d[0])), acc[r]);
+                acc[r] = v_fma(v_dot_sum(sum[1][0][r], q.sum[1]), v_mul(d1, v_set(q.d[1])), acc[r]);
             }
         }
 
@@ -384,11 +400,20 @@ void dot_rows_q4_0_n(int n, const query_q8 * Q, int64_t n_pair, const tile & k, 
 //
 
 // O[r] += sum over j of P[r][j] V[j]; pmax[r]: no weight of P[r] is above it
-// A weight times its cell's scale is rounded to a whole number of (pmax * largest scale)/32767.
+// Weights are rounded to 15 bits of pmax, scales to 15 bits of the tile's largest one, and so are their products.
 template <int N>
 void acc_rows_q4_0(const float * P, const float * pmax, const tile & v, float * O, int64_t ld) {
     alignas(64) float   d[TILE];
+    alignas(64) int16_t d_int[TILE];
+    alignas(64) int16_t p_int[N][TILE];
     alignas(64) int16_t w[N][TILE];
+
+    for (int r = 0; r < N; ++r) {
+        const vf scale = v_set(pmax[r] > 0.0f ? 32767.0f/pmax[r] : 0.0f);
+        for (int j = 0; j < TILE; j += V_LEN) {
+            v_store_i16(p_int[r] + j, v_to_int(v_mul(v_load(P + r*TILE + j), scale)));
+        }
+    }
 
     for (int64_t b = 0; b < v.n_block; ++b) {
         load_scales<row_q4_0>(v.data, v.nb, v.n, b, d);
@@ -405,18 +430,16 @@ void acc_rows_q4_0(const float * P, const float * pmax, const tile & v, float * 
             continue;
         }
 
+        const vf scale = v_set(32767.0f/dmax);
+        for (int j = 0; j < TILE; j += V_LEN) {
+            v_store_i16(d_int + j, v_to_int(v_mul(v_load(d + j), scale)));
+        }
+
         float   unit[N];
         int32_t sum [N];
         for (int r = 0; r < N; ++r) {
-            unit[r] = pmax[r]*dmax/32767.0f;
-            const vf scale = v_set(unit[r] > 0.0f ? 1.0f/unit[r] : 0.0f);
-            vi s = v_izero();
-            for (int j = 0; j < TILE; j += V_LEN) {
-                const vi x = v_to_int(v_mul(v_mul(v_load(P + r*TILE + j), v_load(d + j)), scale));
-                v_store_i16(w[r] + j, x);
-                s = v_iadd(s, x);
-            }
-            sum[r] = -8*v_ihsum(s);
+            unit[r] = pmax[r]*dmax*(32768.0f/(32767.0f*32767.0f));
+            sum [r] = -8*mul_i16(p_int[r], d_int, w[r], TILE); // nibbles are stored with 8 added
         }
 
         vi acc[N][V_BLOCK];
@@ -445,6 +468,7 @@ KVM_UNROLL
                 for (int i = 0; i < V_BLOCK; ++i) {
                     acc[r][i] = v_dot16(acc[r][i], y[i          ], w0);
                     acc[r][i] = v_dot16(acc[r][i], y[i + V_BLOCK], w1);
+                    KVM_KEEP(acc[r][i]);
                 }
             }
         }
@@ -717,7 +741,8 @@ KVM_UNROLL
     }
     v_store(s, sum);
 
-    return exp_1(m_tile - m);
+    // the largest weight e^(m_tile - m), up to a factor of 2
+    return pow2_above((m_tile - m)*1.44269504f);
 }
 
 //

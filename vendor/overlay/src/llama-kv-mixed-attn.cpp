@@ -9,13 +9,18 @@
 #include <thread>
 #include <vector>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 // few query rows: cells are used as they are stored; more: they are expanded first
 static const int64_t max_rows_direct = 16;
 
 // as many tasks as keep the threads of a large machine busy to the end
 static const int64_t n_task_wanted = 64;
 
-static const int64_t tile_size = 64;
+static const int64_t tile_size = 128;
 
 static int64_t div_up(int64_t a, int64_t b) {
     return (a + b - 1)/b;
@@ -75,6 +80,7 @@ llama_kv_mixed_attn_plan llama_kv_mixed_attn_make_plan(const llama_kv_mixed_attn
 extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_avx512;
 extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_avx2;
 #elif defined(__aarch64__)
+extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_dotprod;
 extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_neon;
 #endif
 extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_generic;
@@ -92,6 +98,13 @@ static std::vector<const llama_kv_mixed_attn_kernel *> get_kernels() {
         res.push_back(&llama_kv_mixed_attn_avx2);
     }
 #elif defined(__aarch64__)
+#if defined(__APPLE__)
+    res.push_back(&llama_kv_mixed_attn_dotprod);
+#elif defined(__linux__)
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) {
+        res.push_back(&llama_kv_mixed_attn_dotprod);
+    }
+#endif
     res.push_back(&llama_kv_mixed_attn_neon);
 #endif
     res.push_back(&llama_kv_mixed_attn_generic);

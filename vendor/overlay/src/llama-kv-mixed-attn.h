@@ -54,7 +54,7 @@ struct llama_kv_mixed_attn_kernel {
 // whether the kernels take these sizes
 bool llama_kv_mixed_attn_supports(int64_t n_embd_k, int64_t n_embd_v, int64_t n_gqa);
 
-// the kernel for this machine, or the one of that name ("avx512", "avx2", "neon", "generic"); null when it can not run here
+// the kernel for this machine, or the one of that name ("avx512", "avx2", "dotprod", "neon", "generic"); null when it can not run here
 const llama_kv_mixed_attn_kernel * llama_kv_mixed_attn_get_kernel(const char * name = nullptr);
 
 // their names, best first, separated by spaces

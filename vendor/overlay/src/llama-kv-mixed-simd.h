@@ -22,6 +22,13 @@
 #define KVM_UNROLL
 #endif
 
+// Compilers reorder the additions to a sum of integers, and copy registers for it. This keeps a sum where it is.
+#if defined(__GNUC__) && (defined(KVM_AVX512) || defined(KVM_AVX2))
+#define KVM_KEEP(x) __asm__("" : "+v"(x))
+#else
+#define KVM_KEEP(x) (void) 0
+#endif
+
 #if defined(KVM_AVX512) || defined(KVM_AVX2)
 #include <immintrin.h>
 #elif defined(KVM_NEON)
@@ -105,16 +112,6 @@ V_INLINE vf v_load_i4(const uint8_t * p, int i) {
     return _mm512_permutexvar_ps(i == 0 ? x : _mm512_srli_epi32(x, 4), values); // looks at the lower four bits only
 }
 
-// V_LEN half floats that lie nb bytes apart
-V_INLINE vf v_gather_f16(const uint8_t * p, size_t nb) {
-    __m128i lo = _mm_setzero_si128();
-    __m128i hi = _mm_setzero_si128();
-#define KVM_INSERT(i) lo = _mm_insert_epi16(lo, load_u16(p + (i)*nb), i); hi = _mm_insert_epi16(hi, load_u16(p + ((i) + 8)*nb), i);
-    KVM_INSERT(0) KVM_INSERT(1) KVM_INSERT(2) KVM_INSERT(3) KVM_INSERT(4) KVM_INSERT(5) KVM_INSERT(6) KVM_INSERT(7)
-#undef KVM_INSERT
-    return _mm512_cvtph_ps(_mm256_set_m128i(hi, lo));
-}
-
 // 16 bytes of each of V_LEN rows: res[i] has the i-th four of them, a lane per row
 V_INLINE void v_transpose4(const uint8_t * p, size_t nb, vi res[4]) {
     __m512i r[4];
@@ -142,7 +139,9 @@ V_INLINE vi v_nibble_lo(vi x) { return _mm512_and_si512(x, _mm512_set1_epi8(15))
 V_INLINE vi v_nibble_hi(vi x) { return _mm512_and_si512(_mm512_srli_epi32(x, 4), _mm512_set1_epi8(15)); }
 
 // acc += the four unsigned bytes of every lane of u times the four signed ones of s
+constexpr int V_DOT_SUMS = 2;
 V_INLINE va v_dot_zero() { return _mm512_setzero_si512(); }
+V_INLINE va v_dot_add(va a, va b) { return _mm512_add_epi32(a, b); }
 V_INLINE va v_dot(va acc, vi u, int32_t s) { return _mm512_dpbusd_epi32(acc, u, _mm512_set1_epi32(s)); }
 V_INLINE vf v_dot_sum(va acc, int32_t x) { return _mm512_cvtepi32_ps(_mm512_add_epi32(acc, _mm512_set1_epi32(x))); }
 
@@ -174,6 +173,17 @@ V_INLINE int32_t v_ihsum(vi x) { return _mm512_reduce_add_epi32(x); }
 V_INLINE void v_store_i16(int16_t * p, vi x) { _mm256_storeu_si256((__m256i *) p, _mm512_cvtepi32_epi16(x)); }
 V_INLINE void v_store_i8(int8_t * p, vi x) { _mm_storeu_si128((__m128i *) p, _mm512_cvtepi32_epi8(x)); }
 V_INLINE vf v_abs(vf x) { return _mm512_abs_ps(x); }
+
+// dst = a b/2^15, rounded, n of them (a multiple of 64); their sum
+V_INLINE int32_t mul_i16(const int16_t * a, const int16_t * b, int16_t * dst, int n) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int i = 0; i < n; i += 32) {
+        const __m512i x = _mm512_mulhrs_epi16(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i));
+        _mm512_storeu_si512(dst + i, x);
+        sum = _mm512_dpwssd_epi32(sum, x, _mm512_set1_epi16(1));
+    }
+    return _mm512_reduce_add_epi32(sum);
+}
 
 #elif defined(KVM_AVX2)
 
@@ -231,14 +241,6 @@ V_INLINE vf v_load_i4(const uint8_t * p, int i) {
     return _mm256_cvtepi32_ps(_mm256_sub_epi32(u, _mm256_set1_epi32(8)));
 }
 
-V_INLINE vf v_gather_f16(const uint8_t * p, size_t nb) {
-    __m128i x = _mm_setzero_si128();
-#define KVM_INSERT(i) x = _mm_insert_epi16(x, load_u16(p + (i)*nb), i);
-    KVM_INSERT(0) KVM_INSERT(1) KVM_INSERT(2) KVM_INSERT(3) KVM_INSERT(4) KVM_INSERT(5) KVM_INSERT(6) KVM_INSERT(7)
-#undef KVM_INSERT
-    return _mm256_cvtph_ps(x);
-}
-
 V_INLINE void v_transpose4(const uint8_t * p, size_t nb, vi res[4]) {
     __m256i r[4];
     for (int i = 0; i < 4; ++i) {
@@ -266,7 +268,9 @@ V_INLINE vi v_nibble_lo(vi x) { return _mm256_and_si256(x, _mm256_set1_epi8(15))
 V_INLINE vi v_nibble_hi(vi x) { return _mm256_and_si256(_mm256_srli_epi32(x, 4), _mm256_set1_epi8(15)); }
 
 // Sums of 16 bits: up to 16 products of [0, 15] and [-127, 127] each, |sum| <= 30480.
+constexpr int V_DOT_SUMS = 1;
 V_INLINE va v_dot_zero() { return _mm256_setzero_si256(); }
+V_INLINE va v_dot_add(va a, va b) { return _mm256_add_epi16(a, b); }
 V_INLINE va v_dot(va acc, vi u, int32_t s) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, _mm256_set1_epi32(s))); }
 V_INLINE vf v_dot_sum(va acc, int32_t x) {
     return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(acc, _mm256_set1_epi16(1)), _mm256_set1_epi32(x)));
@@ -301,6 +305,16 @@ V_INLINE __m128i pack_i16(vi x) { return _mm_packs_epi32(_mm256_castsi256_si128(
 V_INLINE void v_store_i16(int16_t * p, vi x) { _mm_storeu_si128((__m128i *) p, pack_i16(x)); }
 V_INLINE void v_store_i8(int8_t * p, vi x) { _mm_storel_epi64((__m128i *) p, _mm_packs_epi16(pack_i16(x), pack_i16(x))); }
 V_INLINE vf v_abs(vf x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+
+V_INLINE int32_t mul_i16(const int16_t * a, const int16_t * b, int16_t * dst, int n) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int i = 0; i < n; i += 16) {
+        const __m256i x = _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *) (a + i)), _mm256_loadu_si256((const __m256i *) (b + i)));
+        _mm256_storeu_si256((__m256i *) (dst + i), x);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, _mm256_set1_epi16(1)));
+    }
+    return v_ihsum(sum);
+}
 
 #elif defined(KVM_NEON)
 
@@ -351,11 +365,6 @@ V_INLINE vf v_load_i4(const uint8_t * p, int i) {
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vsub_s8(vreinterpret_s8_u8(u), vdup_n_s8(8))))));
 }
 
-V_INLINE vf v_gather_f16(const uint8_t * p, size_t nb) {
-    const uint16_t x[4] = { load_u16(p), load_u16(p + nb), load_u16(p + 2*nb), load_u16(p + 3*nb) };
-    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x)));
-}
-
 V_INLINE void v_transpose4(const uint8_t * p, size_t nb, vi res[4]) {
     const uint32x4_t r0 = vreinterpretq_u32_u8(vld1q_u8(p));
     const uint32x4_t r1 = vreinterpretq_u32_u8(vld1q_u8(p +   nb));
@@ -377,7 +386,9 @@ V_INLINE vf v_f16_hi(vi x) { return vcvt_f32_f16(vreinterpret_f16_u16(vshrn_n_u3
 V_INLINE vi v_nibble_lo(vi x) { return vandq_u8(x, vdupq_n_u8(15)); }
 V_INLINE vi v_nibble_hi(vi x) { return vshrq_n_u8(x, 4); }
 
+constexpr int V_DOT_SUMS = 2;
 V_INLINE va v_dot_zero() { return vdupq_n_s32(0); }
+V_INLINE va v_dot_add(va a, va b) { return vaddq_s32(a, b); }
 V_INLINE va v_dot(va acc, vi u, int32_t s) {
     const int8x16_t a = vreinterpretq_s8_u8(u);
     const int8x16_t b = vreinterpretq_s8_s32(vdupq_n_s32(s));
@@ -429,6 +440,16 @@ V_INLINE void v_store_i8(int8_t * p, vi x) {
     memcpy(p, &z, sizeof(z));
 }
 V_INLINE vf v_abs(vf x) { return vabsq_f32(x); }
+
+V_INLINE int32_t mul_i16(const int16_t * a, const int16_t * b, int16_t * dst, int n) {
+    int32x4_t sum = vdupq_n_s32(0);
+    for (int i = 0; i < n; i += 8) {
+        const int16x8_t x = vqrdmulhq_s16(vld1q_s16(a + i), vld1q_s16(b + i));
+        vst1q_s16(dst + i, x);
+        sum = vpadalq_s16(sum, x);
+    }
+    return vaddvq_s32(sum);
+}
 
 #else // portable
 
@@ -483,7 +504,6 @@ V_INLINE vf v_load_i4(const uint8_t * p, int k) {
     p += V_LEN*(k & 1);
     KVM_EACH((float) ((k < 2 ? p[i] & 15 : p[i] >> 4) - 8));
 }
-V_INLINE vf v_gather_f16(const uint8_t * p, size_t nb) { KVM_EACH(f32_from_f16(load_u16(p + i*nb))); }
 
 V_INLINE void v_transpose4(const uint8_t * p, size_t nb, vi res[4]) {
     for (int i = 0; i < V_LEN; ++i) {
@@ -499,7 +519,9 @@ V_INLINE vf v_f16_hi(vi x) { KVM_EACH(f32_from_f16(load_u16(x.v[i] + 2))); }
 V_INLINE vi v_nibble_lo(vi x) { for (auto & y : x.v) { for (uint8_t & z : y) { z &= 15; } } return x; }
 V_INLINE vi v_nibble_hi(vi x) { for (auto & y : x.v) { for (uint8_t & z : y) { z >>= 4; } } return x; }
 
+constexpr int V_DOT_SUMS = 1;
 V_INLINE va v_dot_zero() { return {}; }
+V_INLINE va v_dot_add(va a, va /*b*/) { return a; }
 V_INLINE va v_dot(va acc, vi u, int32_t s) {
     int8_t b[4];
     memcpy(b, &s, 4);
@@ -558,6 +580,15 @@ V_INLINE void v_store_i16(int16_t * p, vi x) { for (int i = 0; i < V_LEN; ++i) {
 V_INLINE void v_store_i8(int8_t * p, vi x) { for (int i = 0; i < V_LEN; ++i) { p[i] = (int8_t) load_i32(x.v[i]); } }
 V_INLINE vf v_abs(vf x) { KVM_EACH(std::fabs(x.v[i])); }
 
+V_INLINE int32_t mul_i16(const int16_t * a, const int16_t * b, int16_t * dst, int n) {
+    int32_t sum = 0;
+    for (int i = 0; i < n; ++i) {
+        dst[i] = (int16_t) ((a[i]*b[i] + (1 << 14)) >> 15);
+        sum += dst[i];
+    }
+    return sum;
+}
+
 #undef KVM_EACH
 
 #endif
@@ -590,9 +621,15 @@ V_INLINE float exp_1(float x) {
     return res[0];
 }
 
+// the power of 2 that is 2^x or the next above; x <= 0; at least 2^-126
+V_INLINE float pow2_above(float x) {
+    const int n = x < -126.0f ? -126 : (int) x; // towards 0
+    return f32_from_bits((uint32_t) (n + 127) << 23);
+}
+
 V_INLINE void prefetch(const uint8_t * p) {
 #if defined(__GNUC__)
-    __builtin_prefetch(p);
+    __builtin_prefetch(p, 0, 2); // into the second level: the first has no room for two tiles
 #else
     (void) p;
 #endif
