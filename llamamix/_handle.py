@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .errors import LlamamixError
@@ -32,7 +33,8 @@ class Handle:
 class ExclusiveHandle(Handle):
     """A handle whose object one thread uses at a time: ``with handle as pointer``.
 
-    Another thread waits; a callback of the object that comes back to it, and use after close(), raise ``error``.
+    Another thread waits; a callback of the object that comes back to it, and use after close(), raise ``error``. What any
+    thread may call meanwhile goes by guard(), which only close() waits for.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class ExclusiveHandle(Handle):
         self._name = name
         self._error = error
         self._lock = threading.Lock()
+        self._guard = threading.RLock()  # that of what logs while it is freed comes back
         self._user: int | None = None
 
     def _acquire(self) -> None:
@@ -69,10 +72,17 @@ class ExclusiveHandle(Handle):
     def __exit__(self, *_exc: object) -> None:
         self._release()
 
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[Any]:
+        """The object, which is not freed until the end of the block; None when it is closed."""
+        with self._guard:
+            yield None if self.closed else self.pointer
+
     def close(self) -> None:
         if not self.closed:
             self._acquire()
             try:
-                super().close()
+                with self._guard:
+                    super().close()
             finally:
                 self._release()

@@ -28,6 +28,7 @@ from .stats import CacheStats
 
 if TYPE_CHECKING:
     from .context import Context
+    from .model import Model
 
 _POS_MAX = 2**31 - 1
 _N_SEQ_MAX = 256  # LLAMA_MAX_SEQ
@@ -260,6 +261,23 @@ class KVCache:
         self.n_seq_max = n_seq_max
         self.n_stream = self._first.n_stream
 
+    @classmethod
+    def from_model(cls, model: Model, *args: Any, **options: Any) -> Any:
+        """A cache of its own that has the layers, the heads and the head sizes of a model.
+
+        The rest is as for the constructor. Rows are not rotated, whatever the types.
+
+        Raises ParamsError for a model whose layers are not alike, or have no KV cache.
+        """
+        arch = model.metadata.get("general.architecture", "")
+        # the file has a list in place of a number when layers differ
+        alike = model.n_head_kv == model.n_head or f"{arch}.attention.head_count_kv" in model.metadata
+        if model.is_recurrent or not alike or 0 in (model.n_layer, model.n_head_kv):
+            raise ParamsError(f"The layers of this model ({arch}) have no KV cache, or not all the same.")
+        head_size_k, head_size_v = model.head_sizes()
+        shape = {"n_layer": model.n_layer, "n_head_kv": model.n_head_kv}
+        return cls(*args, **shape, head_size_k=head_size_k, head_size_v=head_size_v, **options)
+
     def __enter__(self) -> Any:
         return self
 
@@ -336,7 +354,7 @@ class KVCache:
         """Make positions of one sequence positions of another too, which must not have any in that range.
 
         Unified, the two share the cells then. When every sequence has its own stream, only whole sequences can be
-        copied, and to an empty one; in the cache of a context the rows follow with the next decode.
+        copied, and to an empty one.
         """
         self._seq(seq_id_src, "seq_id_src")
         self._seq(seq_id_dst, "seq_id_dst")
@@ -356,9 +374,8 @@ class KVCache:
             if dst_max >= 0:
                 raise ParamsError(f"seq_id_dst {seq_id_dst} must be empty to be copied to; remove it first.")
             lib.llama_memory_seq_cp(memory, seq_id_src, seq_id_dst, -1, -1)
-            if self._context is None:  # there is no decode that would
-                for tier in self._tiers():
-                    tier.copy_stream(cache, seq_id_src, seq_id_dst)
+            if isinstance(self, UnifiedKVCache):  # a plain cache leaves the rows to the next decode, and there is none
+                self.tier.copy_stream(cache, seq_id_src, seq_id_dst)
 
     def seq_keep(self, seq_id: int) -> None:
         """Remove all other sequences."""
@@ -411,7 +428,8 @@ class KVCache:
         seq_id = -1 if seq_id is None else self._seq(seq_id, "seq_id")
         with self._handle as cache:
             state = bytearray(_check(lib.llama_kv_mixed_cache_state_get(cache, seq_id, ffi.NULL, 0)))
-            _check(lib.llama_kv_mixed_cache_state_get(cache, seq_id, ffi.from_buffer(state), len(state)))
+            with ffi.from_buffer(state) as target:
+                _check(lib.llama_kv_mixed_cache_state_get(cache, seq_id, target, len(state)))
         return bytes(state)
 
     def state_read(self, state: bytes, seq_id: int | None = None) -> None:
@@ -427,15 +445,13 @@ class KVCache:
             source = ffi.from_buffer(state)
         except TypeError:
             raise ParamsError(f"state must be bytes, not {type(state).__name__}.") from None
-        with self._changing() as (cache, _), error_lines() as errors:
+        # source is released before an exception: its traceback may be kept, and freed in any order
+        with source, self._changing() as (cache, _), error_lines() as errors:
             if lib.llama_kv_mixed_cache_state_set(cache, seq_id, source, len(source)) < 0:
                 raise CacheError(f"The state can not be read: {errors.reason() or _reason()}.")
 
     def _seq(self, seq_id: Any, name: str) -> int:
         return check_int(seq_id, name, 0, self.n_seq_max - 1)
-
-    def _tiers(self) -> list[Tier]:
-        return [self._first]
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[tuple[Any, Any]]:
@@ -551,9 +567,6 @@ class MixedKVCache(KVCache):
         with self.use() as (_, memory):
             _check(lib.llama_kv_mixed_get_stats(memory, c_stats))
         return CacheStats.from_c(c_stats)
-
-    def _tiers(self) -> list[Tier]:
-        return [self.hot, self.cold]
 
 
 class UnifiedKVCache(KVCache):

@@ -437,10 +437,11 @@ class Context:
                 size = lib.llama_state_seq_get_size(ctx, seq_id)
             state = bytearray(_STATE_HEADER.size + size)
             body = memoryview(state)[_STATE_HEADER.size :]
-            if seq_id is None:
-                written = lib.llama_state_get_data(ctx, ffi.from_buffer("uint8_t[]", body), size)
-            else:
-                written = lib.llama_state_seq_get_data(ctx, ffi.from_buffer("uint8_t[]", body), size, seq_id)
+            with ffi.from_buffer("uint8_t[]", body) as target:
+                if seq_id is None:
+                    written = lib.llama_state_get_data(ctx, target, size)
+                else:
+                    written = lib.llama_state_seq_get_data(ctx, target, size, seq_id)
             if size == 0 or written != size:
                 raise ContextError(f"The state can not be saved: {errors.reason() or 'libllama gives no reason'}.")
             whose = -1 if seq_id is None else 0
@@ -458,11 +459,12 @@ class Context:
         body = _check_state(state, whole=seq_id is None)
         with self._handle as ctx, error_lines() as errors:
             self._has_outputs = False
-            source = ffi.from_buffer("uint8_t[]", body)
-            if seq_id is None:
-                read = lib.llama_state_set_data(ctx, source, len(body))
-            else:
-                read = lib.llama_state_seq_set_data(ctx, source, len(body), seq_id)
+            # released before an exception: its traceback may be kept, and freed in any order
+            with ffi.from_buffer("uint8_t[]", body) as source:
+                if seq_id is None:
+                    read = lib.llama_state_set_data(ctx, source, len(body))
+                else:
+                    read = lib.llama_state_seq_set_data(ctx, source, len(body), seq_id)
             self.memory.note_loaded(seq_id)
             if read != len(body):
                 raise ContextError(f"The state can not be loaded: {errors.reason() or 'it is of another context'}.")

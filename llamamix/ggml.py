@@ -166,14 +166,14 @@ def cpy(src: Tensor, type: str) -> Tensor:
         raise ParamsError(f"Numbers must be finite to be stored as {type}.")
     if res.size == 0:
         return Tensor(type, src.ne, res)
-    with _graph() as (ctx, backend):
+    with graph(_N_NODES) as (ctx, backend):
         ne = ffi.new("int64_t[]", src.ne)
         a, b = (lib.ggml_new_tensor(ctx, _number(t), len(src.ne), ne) for t in (src.type, type))
-        graph = lib.ggml_new_graph_custom(ctx, _N_NODES, False)
-        lib.ggml_build_forward_expand(graph, lib.ggml_cpy(ctx, a, b))
-        with _buffer(ctx, backend):
+        copy = lib.ggml_new_graph_custom(ctx, _N_NODES, False)
+        lib.ggml_build_forward_expand(copy, lib.ggml_cpy(ctx, a, b))
+        with buffer(ctx, backend):
             lib.ggml_backend_tensor_set(a, ffi.from_buffer(src.data), 0, src.nbytes)
-            status = lib.ggml_backend_graph_compute(backend, graph)
+            status = lib.ggml_backend_graph_compute(backend, copy)
             if status != 0:
                 raise LlamamixError(f"ggml could not copy {src.type} to {type}.", status)
             lib.ggml_backend_tensor_get(b, ffi.from_buffer(res), 0, res.nbytes)
@@ -194,10 +194,10 @@ _N_NODES = 4  # the two tensors and the copy, and one to spare
 
 
 @contextlib.contextmanager
-def _graph() -> Iterator[tuple[Any, Any]]:
-    """A context for the tensors of one copy, and a CPU backend with one thread."""
+def graph(n_nodes: int, n_threads: int = 1) -> Iterator[tuple[Any, Any]]:
+    """A context for a graph of so many tensors, and a CPU backend with so many threads."""
     params = ffi.new("struct ggml_init_params *")
-    params.mem_size = _N_NODES * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(_N_NODES, False)
+    params.mem_size = n_nodes * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(n_nodes, False)
     params.no_alloc = True
     ctx = lib.ggml_init(params[0])
     backend = lib.ggml_backend_init_by_type(_DEVICE_CPU, ffi.NULL)
@@ -207,7 +207,7 @@ def _graph() -> Iterator[tuple[Any, Any]]:
         reg = lib.ggml_backend_dev_backend_reg(lib.ggml_backend_get_device(backend))
         set_n_threads = lib.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_set_n_threads")
         if set_n_threads != ffi.NULL:
-            ffi.cast("void (*)(ggml_backend_t, int)", set_n_threads)(backend, 1)
+            ffi.cast("void (*)(ggml_backend_t, int)", set_n_threads)(backend, n_threads)
         yield ctx, backend
     finally:
         lib.ggml_backend_free(backend)  # NULL is fine for both
@@ -215,12 +215,12 @@ def _graph() -> Iterator[tuple[Any, Any]]:
 
 
 @contextlib.contextmanager
-def _buffer(ctx: Any, backend: Any) -> Iterator[None]:
+def buffer(ctx: Any, backend: Any) -> Iterator[None]:
     """Memory for the tensors of a context."""
-    buffer = lib.ggml_backend_alloc_ctx_tensors(ctx, backend)
-    if buffer == ffi.NULL:
-        raise LlamamixError("There is no memory for the copy.")
+    memory = lib.ggml_backend_alloc_ctx_tensors(ctx, backend)
+    if memory == ffi.NULL:
+        raise LlamamixError("There is no memory for the tensors.")
     try:
         yield
     finally:
-        lib.ggml_backend_buffer_free(buffer)
+        lib.ggml_backend_buffer_free(memory)

@@ -67,12 +67,17 @@ def _check_int(params: Any, name: str, low: int, high: int) -> None:
     check_int(getattr(params, name), name, low, high)
 
 
-def _check_float(params: Any, name: str, low: float = -math.inf, high: float = math.inf) -> None:
-    value = getattr(params, name)
+def check_float(value: Any, name: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite number within bounds. Raises ParamsError."""
     if isinstance(value, bool) or not isinstance(value, _REAL) or not math.isfinite(value):
         raise ParamsError(f"{name} must be a finite number, not {value!r}.")
     if not low <= value <= high:
         raise ParamsError(f"{name} must be from {low:g} to {high:g}, not {value:g}.")
+    return float(value)
+
+
+def _check_float(params: Any, name: str, low: float = -math.inf, high: float = math.inf) -> None:
+    check_float(getattr(params, name), name, low, high)
 
 
 def _check_bool(params: Any, name: str) -> None:

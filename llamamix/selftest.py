@@ -218,6 +218,11 @@ def _quantization_trigger(check: _Check) -> None:
         check("commits that pass 80 %, and the tokens they move", {9: 2, 11: 2, 13: 2, 15: 2}, moved)
         check("the oldest are cold", "hot 8-14, cold 0-7", _tokens(cache))
         check("cold rows that are ggml's F16 -> Q4_0", "32 of 32", _cold_rows(cache))
+    with _cache(16, 64, 4, 8) as cache:
+        _add(cache, 12)
+        _log_events(cache, True)
+        _add(cache, 1)
+        check("four at a time, when the group and a quarter of hot are that", "hot 4-12, cold 0-3", _tokens(cache))
 
 
 def _find_slot_trigger(check: _Check) -> None:

@@ -222,11 +222,10 @@ class ReferenceCache:
     #
 
     def save(self, seq: int = -1) -> list[Stream]:
-        """What a state has: tokens without their shifts, of one sequence or of all."""
+        """What a state has: tokens of one sequence or of all."""
         streams = copy.deepcopy(self.streams)
         for s in streams:
             for t in s.tokens:
-                t.shift = 0
                 if seq != -1:
                     t.seqs &= {seq}
             s.drop_unowned()

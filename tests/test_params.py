@@ -22,13 +22,15 @@ def test_kv_types_have_ggmls_names_and_numbers() -> None:
 def test_kv_mixed_defaults_are_the_librarys() -> None:
     c_params = ffi.new("struct llama_kv_mixed_params *", lib.llama_kv_mixed_default_params())
     assert KVMixedParams.from_c(c_params) == KVMixedParams()
-    assert KVMixedParams() == KVMixedParams(hot=512, cold="q4_0", group=128, threshold=0.8, sink=4, cold_size=0)
+    expected = KVMixedParams(hot=512, cold="q4_0", group=128, threshold=0.8, sink=4, cold_size=0, attn="auto")
+    assert KVMixedParams() == expected
 
 
 def test_kv_mixed_spec_is_the_documented_text() -> None:
     assert KVMixedParams().spec() == "hot=512,cold=q4_0,group=128,threshold=0.8,sink=4"
     params = KVMixedParams(hot=64, cold_k="q8_0", group=16, threshold=0.5, sink=0, cold_size=100)
     assert params.spec() == "hot=64,cold_k=q8_0,cold_v=q4_0,group=16,threshold=0.5,sink=0,cold_size=100"
+    assert KVMixedParams(attn="fused").spec() == "hot=512,cold=q4_0,group=128,threshold=0.8,sink=4,attn=fused"
 
 
 @given(
@@ -42,12 +44,14 @@ def test_kv_mixed_spec_is_the_documented_text() -> None:
         threshold=st.floats(1e-6, 1.0),
         sink=st.integers(0, 99),
         cold_size=st.integers(0, 999_999_999),
+        attn=st.sampled_from(["auto", "fused", "compose"]),
     )
 )
 def test_kv_mixed_spec_is_read_back(params: KVMixedParams) -> None:
     again = KVMixedParams.parse(params.spec())
     assert again.spec() == params.spec()
     assert (again.type_cold_k, again.type_cold_v) == (params.type_cold_k, params.type_cold_v)
+    assert again.attn == params.attn
 
 
 def test_kv_mixed_parse_leaves_the_rest_at_defaults() -> None:
@@ -68,6 +72,7 @@ def test_kv_mixed_parse_leaves_the_rest_at_defaults() -> None:
         ("threshold=1.5", "threshold"),
         ("sink=512", "sink"),
         ("group=0", "group"),
+        ("attn=flash", "attn"),
         ("hot=1\0", "text"),
     ],
 )
@@ -96,6 +101,8 @@ def test_kv_mixed_parse_refuses_with_the_reason(spec: str, named: str) -> None:
         (KVMixedParams, "cold_k", "F16"),
         (KVMixedParams, "cold_v", 2),
         (KVMixedParams, "cold_size", -1),
+        (KVMixedParams, "attn", "flash"),
+        (KVMixedParams, "attn", 1),
         (ModelParams, "n_gpu_layers", -2),
         (ModelParams, "split_mode", "rows"),
         (ModelParams, "load_mode", "MMAP"),

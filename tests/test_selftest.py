@@ -39,7 +39,16 @@ def test_scenarios_show_the_lines_of_the_trace() -> None:
         "[MIXED_CACHE] Quantization batch completed: 2 tokens processed",
         "[MIXED_CACHE_DEBUG] trigger_quantization: quantization completed",
     )
-    assert len(trigger.log) == 3 + 4 * 8
+    assert trigger.log[-10:] == (
+        "[MIXED_CACHE_DEBUG] should_quantize: hot cache threshold exceeded",
+        "[MIXED_CACHE_DEBUG] trigger_quantization: starting quantization process",
+        "[MIXED_CACHE_DEBUG] trigger_quantization: moving tokens to cold cache",
+        "[MIXED_CACHE] Moving 4 tokens to cold cache (Q4_0 quantization)",
+        *(f"[MIXED_CACHE] Quantizing token {i}: FP16 -> Q4_0" for i in range(4)),
+        "[MIXED_CACHE] Quantization batch completed: 4 tokens processed",
+        "[MIXED_CACHE_DEBUG] trigger_quantization: quantization completed",
+    )
+    assert len(trigger.log) == 3 + 4 * 8 + 3 + 10
 
 
 def test_the_log_is_as_it_was_afterwards() -> None:

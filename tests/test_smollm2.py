@@ -117,6 +117,79 @@ def test_generated_text(runs: Runs, model: Model) -> None:
     assert log_p(first) > log_p(plain) - 0.3
 
 
+Logits = dict[tuple[str, str, str], np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def by_path(model: Model, botchan_path: Path) -> Logits:
+    """Logits of the same single tokens, most of what they see cold, by cold type, attention and flash attention."""
+    n_prompt, n_tokens = 300, 512
+    tokens = model.tokenize(botchan_path.read_text(encoding="utf-8")[:8000])[: n_prompt + n_tokens]
+    assert len(tokens) == n_prompt + n_tokens
+
+    def run(key: tuple[str, str, str]) -> np.ndarray:
+        cold, attn, flash_attn = key
+        kv_mixed = KVMixedParams(hot=128, group=32, cold=cold, attn=attn)
+        with Context(model, n_ctx=1024, n_threads=1, flash_attn=flash_attn, kv_mixed=kv_mixed) as context:
+            context.decode(tokens[:n_prompt])
+            rows = []
+            for token in tokens[n_prompt:]:
+                context.decode([token])
+                rows.append(context.logits[0])
+            assert context.stats.cold_used > 0.8 * len(tokens)
+        return np.stack(rows)
+
+    keys = [("f16", "compose", "on"), ("f16", "compose", "off"), *((t, "fused", "on") for t in ("f16", "q4_0"))]
+    keys.append(("q4_0", "compose", "on"))
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(keys, pool.map(run, keys), strict=True))
+
+
+def divergence(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence."""
+    p, q = log_softmax(a), log_softmax(b)
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+def test_fused_attention_gives_the_same_tokens(by_path: Logits) -> None:
+    """With cold rows in F16 it is as near to the composed one as that with and without flash attention to each other.
+
+    The weights' matrix products round their inputs to 8 bits, so that any difference is amplified to that of two exact
+    caches; the most likely token may be another one where two are no farther from each other than that.
+    """
+    expected, other = (by_path["f16", "compose", flash] for flash in ("on", "off"))
+    fused = by_path["f16", "fused", "on"]
+    noise = np.abs(other - expected).max()
+    # two samples of 25 million differences of one kind; flash attention, which adds up in F16, is one side of both
+    assert np.sqrt(np.mean((fused - expected) ** 2)) < 1.25 * np.sqrt(np.mean((other - expected) ** 2))
+    assert divergence(expected, fused) < 2 * divergence(expected, other)
+
+    top2 = np.sort(expected, axis=1)[:, -2:]
+    clear = top2[:, 1] - top2[:, 0] > noise
+    assert len(clear) > 500 and clear.mean() > 0.25
+    assert (fused.argmax(axis=1) == expected.argmax(axis=1))[clear].all()
+    # the rest agree as often as two exact caches do, give or take chance
+    same, same_other = (int((x.argmax(axis=1) == expected.argmax(axis=1)).sum()) for x in (fused, other))
+    assert len(clear) - same < 2 * (len(clear) - same_other) + 8
+
+
+def test_fused_attention_over_q4_0(by_path: Logits) -> None:
+    """Next to that noise, the rounding of queries to 8 bits is nothing.
+
+    It changes scores by 8 / 127 of what storing K as Q4_0 does (both are steps to the largest of 32 values), and the
+    divergence goes with the square: (8 / 127)**2 of the divergence from a cache in F16.
+    """
+    exact, expected, fused = (
+        by_path[key] for key in (("f16", "compose", "on"), ("q4_0", "compose", "on"), ("q4_0", "fused", "on"))
+    )
+    noise = divergence(exact, by_path["f16", "compose", "off"])
+    stored = divergence(exact, expected)
+    assert noise < stored  # or there would be nothing to see
+    assert divergence(expected, fused) < 2 * noise + (8 / 127) ** 2 * stored
+    # nor does it lose more of the text
+    assert divergence(exact, fused) < stored + 2 * noise
+
+
 @pytest.mark.parametrize(("cold", "bits"), [("q4_0", 18 * 8 / 32), ("q8_0", 34 * 8 / 32)])
 def test_bytes(cold: str, bits: float, model: Model) -> None:
     """Blocks of 32 values are 18 bytes in Q4_0 and 34 in Q8_0, F16 is 2 a value."""

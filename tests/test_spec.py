@@ -39,6 +39,9 @@ GOOD: dict[str, dict[str, Any]] = {
     "threshold=1": {"threshold": 1.0},
     "threshold=0.25": {"threshold": 0.25},
     "threshold=1e-3": {"threshold": 1e-3},
+    "attn=auto": {},
+    "attn=fused": {"attn": "fused"},
+    " attn = compose ": {"attn": "compose"},
     " hot = 64 , cold = f32,\tgroup=8 ": {"hot": 64, "cold": "f32", "group": 8},
     "hot=64,cold=q5_0,cold_size=9,group=7,threshold=0.5,sink=3": {
         "hot": 64, "cold": "q5_0", "cold_size": 9, "group": 7, "threshold": 0.5, "sink": 3,
@@ -66,12 +69,16 @@ BAD = {
     "threshold=-0.5": "threshold=-0.5 is outside (0, 1]",
     "threshold=80%": "threshold=80% is not a number",
     "threshold=nan": "threshold=nan is not a number",
+    "attn=flash": "attn=flash is not auto, fused or compose",
+    "attn=Fused": "attn=Fused is not auto, fused or compose",
+    "attn=1": "attn=1 is not auto, fused or compose",
+    "attn=fused,attn=fused": "attn is given twice",
     "cold=q9_0": f"cold=q9_0 is not a KV cache type ({TYPES})",
     "cold_k=q4_K": f"cold_k=q4_K is not a KV cache type ({TYPES})",
     "cold_v=i8": f"cold_v=i8 is not a KV cache type ({TYPES})",
     "hot=64,hot=64": "hot is given twice",
-    "warm=64": "unknown key 'warm' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink)",
-    "HOT=64": "unknown key 'HOT' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink)",
+    "warm=64": "unknown key 'warm' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, attn)",
+    "HOT=64": "unknown key 'HOT' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, attn)",
 }
 
 
@@ -120,7 +127,8 @@ for spec in specs:
     params = lib.llama_context_default_params()
     params.n_ctx, params.n_threads = 1024, 1
     context = lib.llama_init_from_model(model, params)
-    text = "".join(line for line in lines if "KV cache" in line or "LLAMA_KV_MIXED" in line or "error" in line)
+    words = "KV cache", "LLAMA_KV_MIXED", "error", "failed"
+    text = "".join(line for line in lines if any(word in line for word in words))
     print(json.dumps([context != ffi.NULL, text]))
     if context != ffi.NULL:
         lib.llama_free(context)
@@ -206,6 +214,52 @@ def test_a_head_that_blocks_do_not_divide(cold: str, ok: bool, tmp_path: Path) -
             Context(model, **params)
     sentence = f"cold_v={cold} stores blocks of 32 values, and the head size 48 of layer 0 is not a multiple of that"
     assert sentence in str(error.value)
+
+
+TOO_MANY_HEADS = "attn=fused is not possible for layer 0: the heads are too large, or too many share a KV head"
+
+
+def test_fused_attention_that_can_not_be_had(tmp_path: Path) -> None:
+    """129 heads that share one are too many: asked for by name it is refused, else it is composed."""
+    tokens = np.random.default_rng(0).integers(3, 400, 120)
+    path = write_tiny_model(tmp_path / "129.gguf", n_layer=1, n_head=129, n_head_kv=1, head_size=32)
+
+    with Model(path) as model:
+
+        def logits(kv_mixed: Any) -> np.ndarray:
+            types = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}
+            with Context(model, n_ctx=256, n_threads=1, kv_mixed=kv_mixed, **types) as context:
+                context.decode(tokens[:100], logits="all")
+                rows = [context.logits]
+                for token in tokens[100:]:
+                    context.decode([token])
+                    rows.append(context.logits)
+                if kv_mixed:
+                    assert context.kv_mixed.attn == kv_mixed.attn
+                    assert context.stats.n_migrations > 0
+                return np.concatenate(rows)
+
+        shape = {"hot": 32, "group": 8, "cold": "f32"}
+        with pytest.raises(ContextError) as error:
+            logits(KVMixedParams(**shape, attn="fused"))
+        assert TOO_MANY_HEADS in str(error.value)
+        # sums of up to 4,000 products (129 heads of 32) are off by 4000 ** 0.5 * 2**-24 = 4e-6 of their size; logits
+        # are 3 in size, and the largest of 50,000 errors is 5 times the typical one
+        plain = logits(False)
+        for attn in ("auto", "compose"):
+            np.testing.assert_allclose(logits(KVMixedParams(**shape, attn=attn)), plain, rtol=0, atol=4e-6 * 3 * 5 * 2)
+
+    created, log = create(path, ["hot=32,attn=fused"])["hot=32,attn=fused"]
+    assert not created
+    assert TOO_MANY_HEADS in log
+
+
+def test_the_most_heads_that_can_be_fused(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "128.gguf", n_layer=1, n_head=128, n_head_kv=1, head_size=32)
+    kv_mixed = KVMixedParams(hot=32, attn="fused")
+    with Model(path) as model, Context(model, n_ctx=256, n_threads=1, kv_mixed=kv_mixed) as context:
+        context.decode(list(range(3, 103)))
+        assert np.isfinite(context.logits).all()
 
 
 def write_mamba(path: Path) -> Path:

@@ -256,24 +256,35 @@ def test_a_trace_that_begins_anew() -> None:
 def test_drained_by_another_thread(make_context: Callable[..., Context]) -> None:
     context = make_context(kv_mixed="hot=8,group=2,sink=0", n_ctx=2048)
     events: list[Event] = []
-    during = 0
+    drained, done = threading.Event(), threading.Event()
+    n_calls, during = 0, 0
+
+    def drain() -> None:
+        while not done.is_set():
+            events.extend(trace.read())
+            drained.set()
+            time.sleep(0.001)
+
+    def wait_for_drain() -> bool:
+        """Again and again within the decode."""
+        nonlocal n_calls, during
+        n_calls += 1
+        if n_calls % 500 == 0:
+            drained.clear()
+            assert drained.wait(60)
+            during = len(events)
+        return False
+
     with Trace(context, layers=True) as trace:
-        done = threading.Event()
-
-        def drain() -> None:
-            while not done.is_set():
-                events.extend(trace.read())
-                time.sleep(0.001)
-
         thread = threading.Thread(target=drain)
         thread.start()
+        context.set_abort_callback(wait_for_drain)
         context.decode(tokens(1500))  # n_batch is 2048: one call
-        during = len(events)
         done.set()
         thread.join()
         events += trace.read()
         stats = context.stats
-    assert during > 0
+    assert during > 100
     assert trace.n_dropped == 0
     assert [e.id for e in events] == list(range(len(events)))
     moves = migrations(events)
@@ -281,26 +292,10 @@ def test_drained_by_another_thread(make_context: Callable[..., Context]) -> None
     assert all([error.il for error in e.layers] == [0, 1] for e in moves)
 
 
-def test_a_migration_waits_for_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader may come when a migration is recorded and its layers are not."""
+def test_a_migration_comes_with_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever happens between reading the events and reading the layers."""
     with cache_of(hot=32, cold_size=32, group=2) as cache, Trace(cache, layers=True) as trace:
         assert add_tokens(cache, 10)
-
-        def read(*, layers: bool) -> list[tuple[str, int]]:
-            with monkeypatch.context() as patch:
-                if not layers:
-                    patch.setattr(trace, "_drain_layers", lambda: None)
-                return [(e.kind.value, len(e.layers)) for e in trace.read()]
-
-        cache.move_tokens_to_cold_cache(2)
-        assert read(layers=False) == [("init", 0), ("trigger", 0)]
-        assert read(layers=False) == []
-        assert read(layers=True) == [("migrate", N_LAYER)]
-        cache.move_tokens_to_cold_cache(2)
-        assert read(layers=False) == [("trigger", 0)]
-        cache.clear()
-        assert read(layers=True) == [("migrate", N_LAYER), ("clear", 0)]
-
         drain = trace._drain
 
         def drain_and_go_on() -> list[Event]:
@@ -308,17 +303,36 @@ def test_a_migration_waits_for_its_layers(monkeypatch: pytest.MonkeyPatch) -> No
             cache.move_tokens_to_cold_cache(2)  # its layers are read before its event
             return events
 
-        cache.clear()
-        assert add_tokens(cache, 10)
         monkeypatch.setattr(trace, "_drain", drain_and_go_on)
-        assert read(layers=True) == [("clear", 0)]
+        moved = [("trigger", 0), ("migrate", N_LAYER)]
+        for expected in ([("init", 0)], moved, moved):
+            assert [(e.kind.value, len(e.layers)) for e in trace.read()] == expected
         monkeypatch.undo()
-        assert read(layers=True) == [("trigger", 0), ("migrate", N_LAYER)]
-
-        # nothing comes after the end
-        cache.move_tokens_to_cold_cache(2)
         trace.stop()
-        assert read(layers=False) == [("trigger", 0), ("migrate", 0)]
+        assert [(e.kind.value, len(e.layers)) for e in trace.read()] == moved
+        assert trace.read() == []
+
+
+def test_a_context_is_not_closed_while_its_trace_is_read(
+    make_context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = make_context(kv_mixed=SPEC)
+    decode_singly(context, 9)
+    with Trace(context) as trace:
+        closing = threading.Thread(target=context.close)
+        drain = trace._drain
+
+        def close_and_drain() -> list[Event]:
+            closing.start()
+            closing.join(0.2)
+            assert closing.is_alive() and not context._handle.closed
+            return drain()
+
+        monkeypatch.setattr(trace, "_drain", close_and_drain)
+        assert [e.kind for e in trace.read()] == [EventKind.INIT]
+        closing.join()
+        with pytest.raises(ContextError, match="closed"):
+            trace.read()
 
 
 #

@@ -1,4 +1,4 @@
-// The part of libggml's C interface that copies between types are computed with.
+// The part of libggml's C interface that copies between types and ggml's own attention are computed with.
 // Plain declarations only, no preprocessor.
 // Upstream's headers (ggml.h, ggml-backend.h) are the original; enums are written as int32_t here.
 
@@ -31,6 +31,22 @@ void                  ggml_free(struct ggml_context * ctx);
 struct ggml_tensor * ggml_new_tensor(struct ggml_context * ctx, int32_t type, int n_dims, const int64_t * ne);
 struct ggml_tensor * ggml_cpy       (struct ggml_context * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
 
+struct ggml_tensor * ggml_permute(struct ggml_context * ctx, struct ggml_tensor * a, int axis0, int axis1, int axis2, int axis3);
+
+struct ggml_tensor * ggml_flash_attn_ext(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * q,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * v,
+        struct ggml_tensor  * mask,
+        float                 scale,
+        float                 max_bias,
+        float                 logit_softcap);
+
+void ggml_flash_attn_ext_add_sinks(struct ggml_tensor * a, struct ggml_tensor * sinks);
+
+void * ggml_get_data(const struct ggml_tensor * tensor);
+
 struct ggml_cgraph * ggml_new_graph_custom(struct ggml_context * ctx, size_t size, bool grads);
 void                 ggml_build_forward_expand(struct ggml_cgraph * cgraph, struct ggml_tensor * tensor);
 
@@ -50,3 +66,14 @@ void                  ggml_backend_buffer_free      (ggml_backend_buffer_t buffe
 
 void ggml_backend_tensor_set(      struct ggml_tensor * tensor, const void * data, size_t offset, size_t size);
 void ggml_backend_tensor_get(const struct ggml_tensor * tensor,       void * data, size_t offset, size_t size);
+
+// what there is to compute with
+
+size_t             ggml_backend_reg_dev_count(ggml_backend_reg_t reg);
+ggml_backend_reg_t ggml_backend_reg_get      (size_t index);
+const char *       ggml_backend_reg_name     (ggml_backend_reg_t reg);
+
+size_t             ggml_backend_dev_count      (void);
+ggml_backend_dev_t ggml_backend_dev_get        (size_t index);
+const char *       ggml_backend_dev_description(ggml_backend_dev_t device);
+int32_t            ggml_backend_dev_type       (ggml_backend_dev_t device);

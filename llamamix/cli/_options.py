@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..params import SamplingParams
+
+UNLIMITED = 2**31 - 1
 
 
 def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
@@ -24,6 +30,104 @@ def add_kv_mixed(parser: argparse._ActionsContainer) -> None:
 
 def add_threads(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: as many as there are CPUs)")
+
+
+def add_prompt(parser: argparse.ArgumentParser, required: bool) -> None:
+    prompt = parser.add_mutually_exclusive_group(required=required)
+    prompt.add_argument("-p", "--prompt", metavar="TEXT")
+    prompt.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file (-: stdin)")
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    if args.file is None:
+        return args.prompt
+    if args.file == "-":
+        return sys.stdin.read()
+    with open(args.file, encoding="utf-8") as stream:
+        return stream.read()
+
+
+def add_length(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-n", "--predict", type=int, default=128, metavar="N",
+        help="tokens to generate, -1: until the model or the context ends (default: 128)",
+    )  # fmt: skip
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+
+
+def add_context(parser: argparse.ArgumentParser) -> None:
+    context = parser.add_argument_group("context")
+    context.add_argument(
+        "-c", "--ctx-size", type=int, default=4096, metavar="N", help="0: from the model (default: 4096)"
+    )
+    context.add_argument("-b", "--batch-size", type=int, default=2048, metavar="N", help="default: 2048")
+    context.add_argument("-ub", "--ubatch-size", type=int, default=512, metavar="N", help="default: 512")
+    add_threads(context)
+    context.add_argument(
+        "-tb", "--threads-batch", type=int, metavar="N", help="threads for the prompt (default: like -t)"
+    )
+    context.add_argument("-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N", help="-1: all (default)")
+    context.add_argument("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help="default: f16")
+    context.add_argument("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help="default: f16")
+    context.add_argument("-fa", "--flash-attn", default="auto", metavar="on|off|auto", help="default: auto")
+    add_kv_mixed(context)
+
+
+def context_params(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ContextParams. Raises ParamsError."""
+    from ..params import ContextParams
+
+    params = {
+        "n_ctx": args.ctx_size,
+        "n_batch": args.batch_size,
+        "n_ubatch": args.ubatch_size,
+        "n_threads": args.threads,
+        "n_threads_batch": args.threads_batch,
+        "flash_attn": args.flash_attn,
+        "type_k": args.cache_type_k,
+        "type_v": args.cache_type_v,
+        "kv_mixed": args.kv_mixed,
+    }
+    ContextParams(**params)
+    return params
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "-s", "--seed", type=int, default=-1, metavar="N", help="-1: a different one each time (default)"
+    )
+    sampling.add_argument(
+        "--temp", type=float, default=0.8, metavar="N", help="0: the most likely token (default: 0.8)"
+    )
+    sampling.add_argument("--top-k", type=int, default=40, metavar="N", help="0: off (default: 40)")
+    sampling.add_argument("--top-p", type=float, default=0.95, metavar="N", help="1: off (default: 0.95)")
+    sampling.add_argument("--min-p", type=float, default=0.05, metavar="N", help="0: off (default: 0.05)")
+    sampling.add_argument("--typical", type=float, default=1.0, metavar="N", help="1: off (default)")
+    sampling.add_argument("--repeat-penalty", type=float, default=1.0, metavar="N", help="1: off (default)")
+    sampling.add_argument("--repeat-last-n", type=int, default=64, metavar="N", help="default: 64")
+    sampling.add_argument("--frequency-penalty", type=float, default=0.0, metavar="N", help="0: off (default)")
+    sampling.add_argument("--presence-penalty", type=float, default=0.0, metavar="N", help="0: off (default)")
+    sampling.add_argument("--grammar", metavar="GBNF", help="grammar that the text must follow")
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """Raises ParamsError."""
+    from ..params import SamplingParams
+
+    return SamplingParams(
+        temperature=args.temp,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        typical_p=args.typical,
+        repeat_penalty=args.repeat_penalty,
+        repeat_last_n=args.repeat_last_n,
+        frequency_penalty=args.frequency_penalty,
+        presence_penalty=args.presence_penalty,
+        seed=None if args.seed == -1 else args.seed,
+        grammar=args.grammar,
+    )
 
 
 def start_log(args: argparse.Namespace) -> None:

@@ -12,7 +12,19 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ._options import add_command, add_kv_mixed, add_threads, model_path, start_log
+from ._options import (
+    UNLIMITED,
+    add_command,
+    add_context,
+    add_length,
+    add_prompt,
+    add_sampling,
+    context_params,
+    model_path,
+    read_prompt,
+    sampling_params,
+    start_log,
+)
 from ._output import FORMS, render
 
 if TYPE_CHECKING:
@@ -20,7 +32,6 @@ if TYPE_CHECKING:
     from ..trace.recorder import Recorder
     from ..trace.recording import Header
 
-_UNLIMITED = 2**31 - 1
 _INTERVAL = 0.1  # seconds between two looks at the progress of a run
 _PAUSE_MAX = 2.0  # seconds that a replay waits for the next record
 
@@ -36,14 +47,8 @@ def register(commands: Any) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("-m", "--model", metavar="MODEL", help="a GGUF file, or a name that 'pull' knows")
     source.add_argument("--replay", metavar="FILE", help="look at a run that --jsonl recorded; no model is needed")
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("-p", "--prompt", metavar="TEXT")
-    prompt.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file (-: stdin)")
-    parser.add_argument(
-        "-n", "--predict", type=int, default=128, metavar="N",
-        help="tokens to generate, -1: until the model or the context ends (default: 128)",
-    )  # fmt: skip
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+    add_prompt(parser, required=False)
+    add_length(parser)
 
     output = parser.add_argument_group("output")
     form = output.add_mutually_exclusive_group()
@@ -58,30 +63,8 @@ def register(commands: Any) -> None:
         "--speed", type=float, default=1.0, metavar="X", help="of a replay in the live view, 0: at once (default: 1)"
     )
 
-    context = parser.add_argument_group("context")
-    context.add_argument("-c", "--ctx-size", type=int, default=4096, metavar="N", help="0: the model's (default: 4096)")
-    context.add_argument("-b", "--batch-size", type=int, default=2048, metavar="N", help="default: 2048")
-    context.add_argument("-ub", "--ubatch-size", type=int, default=512, metavar="N", help="default: 512")
-    add_threads(context)
-    context.add_argument("-tb", "--threads-batch", type=int, metavar="N", help="threads for the prompt (default: -t)")
-    context.add_argument("-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N", help="-1: all (default)")
-    context.add_argument("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help="default: f16")
-    context.add_argument("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help="default: f16")
-    context.add_argument("-fa", "--flash-attn", default="auto", metavar="on|off|auto", help="default: auto")
-    add_kv_mixed(context)
-
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("-s", "--seed", type=int, default=-1, metavar="N", help="-1: another one each time (default)")
-    sampling.add_argument("--temp", type=float, default=0.8, metavar="N", help="0: the likeliest token (default: 0.8)")
-    sampling.add_argument("--top-k", type=int, default=40, metavar="N", help="0: off (default: 40)")
-    sampling.add_argument("--top-p", type=float, default=0.95, metavar="N", help="1: off (default: 0.95)")
-    sampling.add_argument("--min-p", type=float, default=0.05, metavar="N", help="0: off (default: 0.05)")
-    sampling.add_argument("--typical", type=float, default=1.0, metavar="N", help="1: off (default)")
-    sampling.add_argument("--repeat-penalty", type=float, default=1.0, metavar="N", help="1: off (default)")
-    sampling.add_argument("--repeat-last-n", type=int, default=64, metavar="N", help="default: 64")
-    sampling.add_argument("--frequency-penalty", type=float, default=0.0, metavar="N", help="0: off (default)")
-    sampling.add_argument("--presence-penalty", type=float, default=0.0, metavar="N", help="0: off (default)")
-    sampling.add_argument("--grammar", metavar="GBNF", help="grammar that the text must follow")
+    add_context(parser)
+    add_sampling(parser)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -116,49 +99,26 @@ def _record(args: argparse.Namespace) -> None:
     from ..context import Context
     from ..errors import ParamsError
     from ..model import Model
-    from ..params import ContextParams, SamplingParams, resolve_kv_mixed
+    from ..params import resolve_kv_mixed
     from ..trace.recorder import Recorder
     from ..trace.recording import FORMAT, VERSION, Header
     from ..trace.ring import Trace
 
     if resolve_kv_mixed(args.kv_mixed) is None:
         raise ParamsError("A trace is about the mixed KV cache; --kv-mixed can not be off.")
-    context_params = {
-        "n_ctx": args.ctx_size,
-        "n_batch": args.batch_size,
-        "n_ubatch": args.ubatch_size,
-        "n_threads": args.threads,
-        "n_threads_batch": args.threads_batch,
-        "flash_attn": args.flash_attn,
-        "type_k": args.cache_type_k,
-        "type_v": args.cache_type_v,
-        "kv_mixed": args.kv_mixed,
-    }
-    ContextParams(**context_params)
-    sampling = SamplingParams(
-        temperature=args.temp,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        typical_p=args.typical,
-        repeat_penalty=args.repeat_penalty,
-        repeat_last_n=args.repeat_last_n,
-        frequency_penalty=args.frequency_penalty,
-        presence_penalty=args.presence_penalty,
-        seed=None if args.seed == -1 else args.seed,
-        grammar=args.grammar,
-    )
-    prompt = args.prompt if args.file is None else _read(args.file)
+    params = context_params(args)
+    sampling = sampling_params(args)
+    prompt = read_prompt(args)
     plain = _is_plain(args)
 
     with (
         _log_lines(plain) as lines,
         Model(model_path(args.model), n_gpu_layers=args.n_gpu_layers) as model,
-        Context(model, **context_params) as context,
+        Context(model, **params) as context,
         Trace(context, log=plain, measure_error=not args.no_error, layers=args.layers) as trace,
     ):
         tokens = model.tokenize(prompt, parse_special=True)
-        n_max = _UNLIMITED if args.predict == -1 else args.predict
+        n_max = UNLIMITED if args.predict == -1 else args.predict
         pieces = context.generate(tokens, n_max, sampling, args.stop)
         header = Header(
             format=FORMAT,
@@ -204,7 +164,7 @@ def _generate(
         if not interrupt.requested:
             raise
     except ContextFullError:
-        if n_max < _UNLIMITED or context.memory.seq_pos_max() < n_prompt:
+        if n_max < UNLIMITED or context.memory.seq_pos_max() < n_prompt:
             raise
     finally:
         recorder.progress(_progress(context, n_prompt, text, recorder.trace.now()))
@@ -277,13 +237,6 @@ def _log_lines(wanted: bool) -> Iterator[deque[str]]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
-
-
-def _read(file: str) -> str:
-    if file == "-":
-        return sys.stdin.read()
-    with open(file, encoding="utf-8") as stream:
-        return stream.read()
 
 
 #

@@ -61,7 +61,7 @@ class Event(Record):
     trigger               why tokens move (TRIGGER, MIGRATE, FAIL), else None
     stream                the stream, None: all of them
     seq_ids               the sequences concerned
-    pos_min, pos_max      the positions concerned, None: none in particular
+    pos_min, pos_max      positions that move, both included; of SEQ_*: p0 and p1 as they were given, [p0, p1); None: -1
     n_tokens              the tokens concerned
     hot_used, hot_size    cells of the stream (of all, when it is None) after the event
     cold_used, cold_size  the same of cold

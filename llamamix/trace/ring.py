@@ -56,8 +56,8 @@ class Trace:
     measure_error  measure the quantisation error of what moves, which takes time
     layers         keep it by layer as well
 
-    read() may be called from another thread than the one that decodes, which it does not wait for. A cache has one
-    trace at a time. End the trace before another thread closes the context.
+    read() and stop() may be called from another thread than the one that decodes, which they do not wait for. A cache
+    has one trace at a time.
     """
 
     def __init__(
@@ -121,11 +121,11 @@ class Trace:
 
     def stop(self) -> None:
         """Record nothing more; what waits can still be read. Stopping twice is fine."""
-        with self._lock:
+        with self._lock, self._handle.guard() as pointer:
             if not self._on:
                 return
             self._on = False
-            if not self._handle.closed:
+            if pointer is not None:
                 lib.llama_kv_mixed_trace_start(self._memory, 0, 0)
             _running.pop(_address(self._memory), None)
 
@@ -140,10 +140,10 @@ class Trace:
 
     def read(self) -> list[Event]:
         """Take the events since the last call, oldest first. Raises ContextError when the context is closed."""
-        with self._lock:
+        with self._lock, self._handle.guard() as pointer:
             if self._memory is None:
                 raise ContextError("The trace has not begun.")
-            if self._handle.closed:
+            if pointer is None:
                 raise ContextError("What was traced is closed.")
             events = self._waiting + self._drain()
             self._waiting = []
@@ -170,13 +170,7 @@ class Trace:
                     self._layer_errors.setdefault(c.id, []).append(error)
 
     def _with_layers(self, events: list[Event]) -> list[Event]:
-        # a migration's layers are recorded right after it, before anything else
-        self._drain_layers()
-        if not events:
-            return events
-        last = events[-1]
-        if self._on and last.rmse_k is not None and len(self._layer_errors.get(last.id, ())) < self.cache.n_layer:
-            self._waiting = [events.pop()]
+        self._drain_layers()  # after the events: those of later ones may be among them
         events = [replace(e, layers=tuple(self._layer_errors.get(e.id, ()))) for e in events]
         if events:
             self._layer_errors = {n: errors for n, errors in self._layer_errors.items() if n > events[-1].id}

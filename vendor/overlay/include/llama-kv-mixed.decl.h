@@ -14,7 +14,7 @@ struct llama_kv_mixed_params {
     size_t struct_size;
 
     uint32_t n_hot;     // hot cells per stream
-    uint32_t n_cold;    // cold cells per stream, 0: what the context needs beyond n_hot, and no less than n_hot
+    uint32_t n_cold;    // cold cells per stream, 0: what the context needs beyond n_hot, and room for one migration
     uint32_t n_group;   // most tokens that one migration moves (never more than a quarter of n_hot)
     uint32_t n_sink;    // positions [0, n_sink) of every sequence stay hot
 
@@ -111,8 +111,8 @@ struct llama_kv_mixed_event {
     int32_t  kind;      // enum llama_kv_mixed_event_kind
     int32_t  trigger;   // enum llama_kv_mixed_trigger; -1 for other kinds than TRIGGER and MIGRATE
     int32_t  strm;      // stream, -1: all
-    int32_t  pos_min;   // positions concerned, both inclusive; -1: none
-    int32_t  pos_max;
+    int32_t  pos_min;   // TRIGGER, MIGRATE, FAIL: the positions that move, both inclusive
+    int32_t  pos_max;   // SEQ_RM, _CP, _ADD, _DIV: p0 and p1 as the caller gave them, [p0, p1); other kinds: -1
     uint32_t n_tokens;  // tokens concerned
     uint32_t hot_used;  // cells of the stream after the event
     uint32_t hot_size;

@@ -66,6 +66,35 @@ static std::string type_label(ggml_type type_k, ggml_type type_v) {
     return type_k == type_v ? type_label(type_k) : type_label(type_k) + "/" + type_label(type_v);
 }
 
+// puts a token into an empty cell, with a shift that is still pending
+static void set_cell(
+                        llama_kv_cells & cells,
+                              uint32_t   i,
+                             llama_pos   pos,
+                             llama_pos   shift,
+               const llama_kv_cell_ext & ext,
+       const llama_kv_cells::seq_set_t & seqs) {
+    // the position that the token had before; after pos_div(), which counts forwards, that may come out negative
+    if (pos >= shift) {
+        cells.pos_set(i, pos - shift);
+    } else {
+        cells.pos_set(i, shift - pos);
+        cells.pos_div(i, shift - pos + 1); // to 0
+        shift = pos;
+    }
+    if (shift != 0) {
+        cells.pos_add(i, shift);
+    }
+
+    cells.ext_set(i, ext);
+
+    for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+        if (seqs.test(s)) {
+            cells.seq_add(i, s);
+        }
+    }
+}
+
 llama_kv_cache_mixed::llama_kv_cache_mixed(
               const llama_model & model,
                       ggml_type   type_k,
@@ -408,7 +437,7 @@ llama_memory_context_ptr llama_kv_cache_mixed::init_update(llama_context * lctx,
 
     const bool do_shift = kv_hot->get_has_shift() || kv_cold->get_has_shift();
 
-    return std::make_unique<llama_kv_cache_mixed_context>(this, lctx, do_shift, std::move(kv_hot->sc_info), std::move(kv_cold->sc_info));
+    return std::make_unique<llama_kv_cache_mixed_context>(this, lctx, do_shift);
 }
 
 bool llama_kv_cache_mixed::get_can_shift() const {
@@ -440,6 +469,25 @@ bool llama_kv_cache_mixed::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
 void llama_kv_cache_mixed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
     kv_hot ->seq_cp(seq_id_src, seq_id_dst, p0, p1);
     kv_cold->seq_cp(seq_id_src, seq_id_dst, p0, p1);
+
+    // Rows go to another stream at once. Upstream leaves that to the next update, which then takes and overwrites what is
+    // in the two streams by that time: after a clear(), a state_read() or a migration that is something else.
+    for (llama_kv_cache * kv : { kv_hot.get(), kv_cold.get() }) {
+        const auto sc_info = std::move(kv->sc_info);
+        kv->sc_info = {};
+
+        if (!sc_info.empty() && lctx) {
+            // they may still be on their way
+            ggml_backend_sched_synchronize(lctx->get_sched());
+        }
+
+        for (size_t i = 0; i < sc_info.ssrc.size(); ++i) {
+            for (const auto & layer : kv->layers) {
+                ggml_backend_tensor_copy(layer.k_stream[sc_info.ssrc[i]], layer.k_stream[sc_info.sdst[i]]);
+                ggml_backend_tensor_copy(layer.v_stream[sc_info.ssrc[i]], layer.v_stream[sc_info.sdst[i]]);
+            }
+        }
+    }
 
     if (trace->is_on()) {
         auto event = make_event(LLAMA_KV_MIXED_EVENT_SEQ_CP, -1, seq_id_src, p0, p1);
@@ -501,7 +549,7 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_mixed::memory_breakd
 // state
 //
 
-// the state of a mixed cache: a header, then the two caches in upstream's format
+// the state of a mixed cache: a header, then the two caches in upstream's format, each with the shifts of its cells
 // a plain cache's state begins with its number of streams, which no magic can be taken for
 struct llama_kv_mixed_state_header {
     uint32_t magic   = 0x78696d6b; // "kmix"
@@ -524,8 +572,10 @@ void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_i
 
     io.write(&header, sizeof(header));
 
-    kv_hot ->state_write(io, seq_id, flags);
-    kv_cold->state_write(io, seq_id, flags);
+    for (const llama_kv_cache * kv : { kv_hot.get(), kv_cold.get() }) {
+        kv->state_write(io, seq_id, flags);
+        state_write_shifts(io, *kv, seq_id);
+    }
 
     if (trace->is_on()) {
         trace->push(make_event(LLAMA_KV_MIXED_EVENT_STATE_WRITE, -1, seq_id));
@@ -559,8 +609,12 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
     }
 
     try {
-        kv_hot ->state_read(io, seq_id, flags);
-        kv_cold->state_read(io, seq_id, flags);
+        for (llama_kv_cache * kv : { kv_hot.get(), kv_cold.get() }) {
+            llama_kv_cache::slot_info_vec_t sinfos;
+
+            kv->state_read_sinfo(io, seq_id, flags, &sinfos, nullptr);
+            state_read_shifts(io, *kv, sinfos);
+        }
     } catch (...) {
         // half a state is none
         kv_hot ->state_clear(seq_id);
@@ -570,6 +624,46 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
 
     if (trace->is_on()) {
         trace->push(make_event(LLAMA_KV_MIXED_EVENT_STATE_READ, -1, seq_id));
+    }
+}
+
+void llama_kv_cache_mixed::state_write_shifts(llama_io_write_i & io, const llama_kv_cache & kv, llama_seq_id seq_id) const {
+    // as many as the cells that state_write() has written, in their order
+    for (const auto & cells : kv.v_cells) {
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            if (!cells.is_empty(i) && (seq_id == -1 || cells.seq_has(i, seq_id))) {
+                const llama_pos shift = cells.get_shift(i);
+                io.write(&shift, sizeof(shift));
+            }
+        }
+    }
+}
+
+void llama_kv_cache_mixed::state_read_shifts(llama_io_read_i & io, llama_kv_cache & kv, const llama_kv_cache::slot_info_vec_t & sinfos) {
+    for (const auto & sinfo : sinfos) {
+        for (size_t s = 0; s < sinfo.n_stream(); ++s) {
+            auto & cells = kv.v_cells[sinfo.strm[s]];
+
+            for (const uint32_t i : sinfo.idxs[s]) {
+                llama_pos shift;
+                io.read(&shift, sizeof(shift));
+
+                if (shift == 0) {
+                    continue;
+                }
+
+                const llama_pos pos  = cells.pos_get(i);
+                const auto      ext  = cells.ext_get(i);
+                const auto      seqs = cells.seq_get_all(i);
+
+                if (std::abs((int64_t) pos - shift) >= INT32_MAX) {
+                    throw std::runtime_error("a position of the state is out of range");
+                }
+
+                cells.rm(i);
+                set_cell(cells, i, pos, shift, ext, seqs);
+            }
+        }
     }
 }
 
@@ -739,10 +833,9 @@ uint32_t llama_kv_cache_mixed::move_tokens_to_cold_cache(
             event.pos_min = std::min(event.pos_min, hot.pos_get(i));
             event.pos_max = std::max(event.pos_max, hot.pos_get(i));
 
+            const auto & seqs = hot.seq_get_all(i);
             for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
-                if (hot.seq_has(i, s)) {
-                    event.seqs[s/64] |= 1ull << (s % 64);
-                }
+                event.seqs[s/64] |= (uint64_t) seqs.test(s) << (s % 64);
             }
         }
 
@@ -780,22 +873,7 @@ uint32_t llama_kv_cache_mixed::move_tokens_to_cold_cache(
 
     // the metadata
     for (size_t i = 0; i < src.size(); ++i) {
-        const llama_pos shift = hot.get_shift(src[i]);
-
-        // a shift that is still pending moves along
-        cold.pos_set(dst[i], hot.pos_get(src[i]) - shift);
-        if (shift != 0) {
-            cold.pos_add(dst[i], shift);
-        }
-
-        cold.ext_set(dst[i], hot.ext_get(src[i]));
-
-        const auto & seqs = hot.seq_get_all(src[i]);
-        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
-            if (seqs.test(s)) {
-                cold.seq_add(dst[i], s);
-            }
-        }
+        set_cell(cold, dst[i], hot.pos_get(src[i]), hot.get_shift(src[i]), hot.ext_get(src[i]), hot.seq_get_all(src[i]));
 
         hot.rm(src[i]);
     }
@@ -825,14 +903,7 @@ uint32_t llama_kv_cache_mixed::move_tokens_to_cold_cache(
             measure_error(strm, src, dst, event, errors);
         }
 
-        const uint64_t id = trace->push(event);
-
-        if (trace->has(LLAMA_KV_MIXED_TRACE_LAYERS)) {
-            for (auto & error : errors) {
-                error.id = id;
-                trace->push(error);
-            }
-        }
+        trace->push(event, errors);
     }
 
     return src.size();
@@ -933,18 +1004,7 @@ ggml_cgraph * llama_kv_cache_mixed::build_graph_shift(llm_graph_result * res, ll
     return gf;
 }
 
-bool llama_kv_cache_mixed::update(
-                                  llama_context * lctx,
-                                           bool   do_shift,
-         const llama_kv_cache::stream_copy_info & sc_hot,
-         const llama_kv_cache::stream_copy_info & sc_cold) {
-    kv_hot ->update(lctx, false, sc_hot);
-    kv_cold->update(lctx, false, sc_cold);
-
-    if (!do_shift) {
-        return true;
-    }
-
+bool llama_kv_cache_mixed::update(llama_context * lctx) {
     if (!get_can_shift()) {
         LLAMA_LOG_ERROR("%s: this model does not support moving tokens to other positions\n", __func__);
         return false;
@@ -1006,13 +1066,7 @@ llama_kv_cache_mixed_context::llama_kv_cache_mixed_context(
 llama_kv_cache_mixed_context::llama_kv_cache_mixed_context(
         llama_kv_cache_mixed * kv,
         llama_context * lctx,
-        bool do_shift,
-        llama_kv_cache::stream_copy_info sc_hot,
-        llama_kv_cache::stream_copy_info sc_cold) :
-    status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv), lctx(lctx), do_shift(do_shift), sc_hot(std::move(sc_hot)), sc_cold(std::move(sc_cold)) {
-    if (!do_shift && this->sc_hot.empty() && this->sc_cold.empty()) {
-        status = LLAMA_MEMORY_STATUS_NO_UPDATE;
-    }
+        bool do_shift) : status(do_shift ? LLAMA_MEMORY_STATUS_SUCCESS : LLAMA_MEMORY_STATUS_NO_UPDATE), kv(kv), lctx(lctx) {
 }
 
 llama_kv_cache_mixed_context::llama_kv_cache_mixed_context(
@@ -1037,7 +1091,7 @@ bool llama_kv_cache_mixed_context::apply() {
 
     // no ubatches -> this is a KV cache update
     if (ubatches.empty()) {
-        return kv->update(lctx, do_shift, sc_hot, sc_cold);
+        return kv->update(lctx);
     }
 
     const auto & ubatch = ubatches[i_cur];

@@ -112,8 +112,8 @@ public:
     // alone; returns how many were moved: all at once, or none
     uint32_t move_tokens_to_cold_cache(uint32_t strm, uint32_t n, llama_kv_mixed_trigger trigger, const std::vector<uint32_t> & in_flight = {});
 
-    // carry out pending copies between streams, and pending position shifts
-    bool update(llama_context * lctx, bool do_shift, const llama_kv_cache::stream_copy_info & sc_hot, const llama_kv_cache::stream_copy_info & sc_cold);
+    // carry out pending position shifts
+    bool update(llama_context * lctx);
 
     // rotate K rows of hot and cold to their new positions
     // unlike upstream's this also undoes the rotation of rows whose type is not quantised
@@ -166,6 +166,11 @@ private:
 
     std::string describe_use() const;
 
+    // the shifts that are pending in the cells of a state, which upstream's format leaves out although its K rows are
+    // those from before the shift: without them a sequence would come back with rows of other positions
+    void state_write_shifts(llama_io_write_i & io, const llama_kv_cache & kv, llama_seq_id seq_id) const;
+    void state_read_shifts (llama_io_read_i  & io, llama_kv_cache & kv, const llama_kv_cache::slot_info_vec_t & sinfos);
+
     // a record of the stream's occupancy (-1: of all streams), about a sequence (-1: about none in particular)
     llama_kv_mixed_event make_event(llama_kv_mixed_event_kind kind, int32_t strm, llama_seq_id seq_id = -1, llama_pos p0 = -1, llama_pos p1 = -1) const;
 
@@ -187,9 +192,7 @@ public:
     llama_kv_cache_mixed_context(
             llama_kv_cache_mixed * kv,
             llama_context * lctx,
-            bool do_shift,
-            llama_kv_cache::stream_copy_info sc_hot,
-            llama_kv_cache::stream_copy_info sc_cold);
+            bool do_shift);
 
     // used to create a batch processing context from a batch
     llama_kv_cache_mixed_context(
@@ -238,11 +241,6 @@ private:
     //
 
     llama_context * lctx = nullptr;
-
-    bool do_shift = false;
-
-    llama_kv_cache::stream_copy_info sc_hot;
-    llama_kv_cache::stream_copy_info sc_cold;
 
     //
     // batch processing context

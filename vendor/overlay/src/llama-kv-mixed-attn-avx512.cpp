@@ -1,4 +1,4 @@
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__) && defined(__GNUC__)
 
 #define KVM_AVX512
 #include "llama-kv-mixed-attn-kernel.h"

@@ -76,7 +76,7 @@ llama_kv_mixed_attn_plan llama_kv_mixed_attn_make_plan(const llama_kv_mixed_attn
 // kernels
 //
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__) && defined(__GNUC__)
 extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_avx512;
 extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_avx2;
 #elif defined(__aarch64__)
@@ -88,7 +88,7 @@ extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_generic;
 // those that this machine runs, best first
 static std::vector<const llama_kv_mixed_attn_kernel *> get_kernels() {
     std::vector<const llama_kv_mixed_attn_kernel *> res;
-#if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f")  && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) {

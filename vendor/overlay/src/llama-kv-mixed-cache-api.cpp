@@ -20,6 +20,9 @@ struct llama_kv_mixed_cache {
     std::unique_ptr<llama_model>    model;
     std::unique_ptr<llama_memory_i> own;
 
+    // the context that the cache is part of; it may still be computing rows
+    llama_context * ctx = nullptr;
+
     // mixed, or plain with hot alone
     llama_kv_cache_mixed * mixed = nullptr;
     llama_kv_cache       * hot   = nullptr;
@@ -175,6 +178,7 @@ LLAMA_API llama_kv_mixed_cache * llama_kv_mixed_cache_from_context(llama_context
         res->hot     = mixed->get_hot();
         res->cold    = mixed->get_cold();
         res->hparams = &llama_get_model(ctx)->hparams;
+        res->ctx     = ctx;
 
         return res.release();
     });
@@ -251,6 +255,12 @@ LLAMA_API int32_t llama_kv_mixed_cache_get_cells(const llama_kv_mixed_cache * ca
     });
 }
 
+static void synchronize(const llama_kv_mixed_cache * cache) {
+    if (cache->ctx) {
+        llama_synchronize(cache->ctx);
+    }
+}
+
 // a layer's K or V of one stream, and the bytes [offset, offset + size) of the rows asked for
 struct rows {
     ggml_tensor * t;
@@ -267,6 +277,8 @@ static rows get_rows(const llama_kv_mixed_cache * cache, int32_t tier, uint32_t 
     check(std::find(ids.begin(), ids.end(), il) != ids.end(), "there is no such layer");
     check(strm < kv.get_n_stream(), "there is no such stream");
     check((uint64_t) cell + n <= kv.get_size(), "there are no such cells");
+
+    synchronize(cache);
 
     ggml_tensor * t = v ? llama_kv_cache_mixed::get_v_storage(kv, il) : kv.get_k_storage(il);
 
@@ -525,6 +537,7 @@ static void check_seq(const llama_kv_mixed_cache * cache, int32_t seq_id) {
 LLAMA_API int64_t llama_kv_mixed_cache_state_get(const llama_kv_mixed_cache * cache, int32_t seq_id, void * dst, size_t size) {
     return guarded<int64_t>(-1, [&] {
         check_seq(cache, seq_id);
+        synchronize(cache);
 
         io_write_bytes io;
         cache->mem().state_write(io, seq_id);
@@ -541,6 +554,7 @@ LLAMA_API int64_t llama_kv_mixed_cache_state_get(const llama_kv_mixed_cache * ca
 LLAMA_API int64_t llama_kv_mixed_cache_state_set(llama_kv_mixed_cache * cache, int32_t seq_id, const void * src, size_t size) {
     return guarded<int64_t>(-1, [&] {
         check_seq(cache, seq_id);
+        synchronize(cache);
 
         cache->sinfo = {};
 

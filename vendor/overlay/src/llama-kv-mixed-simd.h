@@ -593,7 +593,7 @@ V_INLINE int32_t mul_i16(const int16_t * a, const int16_t * b, int16_t * dst, in
 
 #endif
 
-// e^x, relative error below 4e-7; 0 where x < -87
+// e^x, relative error below 4e-7 + |x|/2^24; 0 where x < -87
 V_INLINE vf v_exp(vf x) {
     x = v_mul(v_max(x, v_set(-110.0f)), v_set(1.44269504f));
     const vf n = v_round(x);
@@ -621,9 +621,9 @@ V_INLINE float exp_1(float x) {
     return res[0];
 }
 
-// the power of 2 that is 2^x or the next above; x <= 0; at least 2^-126
+// the power of 2 that is 2^x or the next above; x <= 0; at least 2^-100, so that its inverse is no infinity
 V_INLINE float pow2_above(float x) {
-    const int n = x < -126.0f ? -126 : (int) x; // towards 0
+    const int n = x < -100.0f ? -100 : (int) x; // towards 0
     return f32_from_bits((uint32_t) (n + 127) << 23);
 }
 

@@ -28,7 +28,7 @@ void llama_kv_mixed_trace::start(uint32_t n_max, uint32_t flags) {
     on.store(n_max > 0);
 }
 
-uint64_t llama_kv_mixed_trace::push(llama_kv_mixed_event event) {
+void llama_kv_mixed_trace::push(llama_kv_mixed_event event, const std::vector<llama_kv_mixed_layer_error> & errors) {
     bool to_log;
     {
         std::lock_guard<std::mutex> lock(mutex);
@@ -44,24 +44,24 @@ uint64_t llama_kv_mixed_trace::push(llama_kv_mixed_event event) {
         }
 
         events.push_back(event);
+
+        // under the same lock: who has read the event finds them
+        if (flags & LLAMA_KV_MIXED_TRACE_LAYERS) {
+            for (auto error : errors) {
+                if (this->errors.size() >= n_max*N_LAYERS_RING) {
+                    this->errors.pop_front();
+                }
+
+                error.id = event.id;
+                this->errors.push_back(error);
+            }
+        }
     }
 
     // outside of the lock: the callback may well read the trace
     if (to_log) {
         log(event);
     }
-
-    return event.id;
-}
-
-void llama_kv_mixed_trace::push(const llama_kv_mixed_layer_error & error) {
-    std::lock_guard<std::mutex> lock(mutex);
-
-    if (errors.size() >= n_max*N_LAYERS_RING) {
-        errors.pop_front();
-    }
-
-    errors.push_back(error);
 }
 
 template <typename T>

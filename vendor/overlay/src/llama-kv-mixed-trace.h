@@ -7,6 +7,7 @@
 #include <deque>
 #include <mutex>
 #include <string>
+#include <vector>
 
 //
 // llama_kv_mixed_trace
@@ -30,10 +31,8 @@ public:
     // n_max == 0 ends the trace, what it recorded is kept until the next one begins
     void start(uint32_t n_max, uint32_t flags);
 
-    // numbers the record, stamps it and keeps it; the oldest make way
-    uint64_t push(llama_kv_mixed_event event);
-
-    void push(const llama_kv_mixed_layer_error & error);
+    // numbers the record, stamps it and keeps it, with its errors by layer if these are wanted; the oldest make way
+    void push(llama_kv_mixed_event event, const std::vector<llama_kv_mixed_layer_error> & errors = {});
 
     uint32_t read(llama_kv_mixed_event       * events, uint32_t n_max, uint64_t * n_dropped);
     uint32_t read(llama_kv_mixed_layer_error * errors, uint32_t n_max);

@@ -1,0 +1,236 @@
+#!/usr/bin/env python3
+"""Times the fused attention kernel beside ggml_flash_attn_ext() on the same rows.
+
+    python tools/attn_bench.py -s 64/3/3,128/8/4 -n 8192,32768 -ctk q4_0,f16 -t 1,2
+
+A shape is head size/KV heads/query heads per KV head. Rows lie as in a KV cache, in so many copies that none is in the
+processor's caches when its turn comes again; kernels take turns, copy by copy. Times are medians of single calls.
+
+ns        nanoseconds per cell and KV head
+GB/s      bytes of K and V rows per time
+share     of the read bandwidth with as many threads: memchr() for a byte that is not there, a part of 256 MiB a thread
+x ggml    how many times faster than ggml
+
+Our threads are started for every call, what that takes is said at the start; ggml's are kept where it has OpenMP. With
+several threads both need processors of their own: on a busy machine ggml's wait for each other at every barrier.
+
+stdout carries the results; everything said along the way goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import itertools
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from llamamix import LlamamixError, ggml
+from llamamix.attention import Attention, FlashAttnExt, isas
+from llamamix.cli._output import FORMS, render
+from llamamix.params import KV_TYPES
+
+_CACHE_SIZE = 64 << 20  # where the last-level cache's is not known
+
+
+def _ints(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"must be whole numbers above 0, not {text}")
+    return [int(part) for part in parts]
+
+
+def _shapes(text: str) -> list[list[int]]:
+    shapes = [_ints(part.replace("/", ",")) for part in text.split(",")]
+    if any(len(shape) != 3 for shape in shapes):
+        raise argparse.ArgumentTypeError(f"must be head size/KV heads/query heads per KV head, not {text}")
+    return shapes
+
+
+def _names(known: tuple[str, ...]) -> Any:
+    def names(text: str) -> list[str]:
+        values = text.split(",")
+        if not set(values) <= set(known):
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}")
+        return values
+
+    return names
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("-s", "--shape", type=_shapes, default="64/3/3,128/8/4,256/1/4", metavar="S,..", help="default: %(default)s")
+    add("-n", "--n-kv", type=_ints, default="8192", metavar="N,..", help="cells (default: %(default)s)")
+    add("-p", "--n-tokens", type=_ints, default="1", metavar="N,..", help="query tokens (default: %(default)s)")
+    add(
+        "-ctk", "--cache-type", type=_names(tuple(KV_TYPES)), default="q4_0,q8_0,f16", metavar="TYPE,..",
+        help="of K and V (default: %(default)s)",
+    )  # fmt: skip
+    add("--isa", type=_names(isas()), default=",".join(isas()), metavar="ISA,..", help="default: %(default)s")
+    add("-t", "--threads", type=_ints, default="1,2", metavar="N,..", help="default: %(default)s")
+    add("-r", "--repetitions", type=int, default=20, metavar="N", help="calls of each (default: %(default)s)")
+    add("-o", "--output", choices=FORMS, help="default: a table, in Markdown when stdout is no terminal")
+    args = parser.parse_args(argv)
+    if args.repetitions < 1:
+        parser.error("-r must be at least 1")
+    return args
+
+
+def say(text: str) -> None:
+    print(f"attn_bench.py: {text}", file=sys.stderr, flush=True)
+
+
+#
+# the machine
+#
+
+
+def cache_size() -> int:
+    """Bytes of the largest cache that a processor has."""
+    sizes = [_CACHE_SIZE]
+    with contextlib.suppress(OSError, ValueError):
+        found = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        sizes = [int(p.read_text().strip().removesuffix("K")) << 10 for p in found] or sizes
+    return max(sizes)
+
+
+def read_bandwidth(n_threads: int, n_bytes: int = 256 << 20, repetitions: int = 5) -> float:
+    """Bytes per second that so many threads read together; memchr() does nothing else, and releases the GIL."""
+    memchr = ctypes.CDLL(None).memchr
+    memchr.argtypes, memchr.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t), ctypes.c_void_p
+    data = np.ones(n_bytes, np.uint8)
+    part = n_bytes // n_threads
+    times = []
+    with ThreadPoolExecutor(n_threads) as pool:
+        for _ in range(repetitions):
+            start = time.perf_counter()
+            list(pool.map(lambda i: memchr(data.ctypes.data + i * part, 2, part), range(n_threads)))
+            times.append(time.perf_counter() - start)
+    return part * n_threads / statistics.median(times)
+
+
+def call_time(n_threads: int) -> float:
+    """Seconds that a call takes which has next to nothing to do."""
+    rows = np.zeros((1, 1, 1, 32), np.float32)
+    call = Attention(rows, None, (rows, rows), types=("f32", "f32"))
+    times = []
+    for _ in range(50):
+        start = time.perf_counter()
+        call.compute(n_threads)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+#
+# the kernels
+#
+
+
+def measure(
+    shape: list[int], n_kv: int, n_tokens: int, kv_type: str, kernels: list[str], n_threads: int, n: int
+) -> dict[str, float]:
+    """Seconds per call of each kernel, "ggml" being ggml's."""
+    n_embd, n_head_kv, n_gqa = shape
+    rng = np.random.default_rng(0)
+    rows = [
+        ggml.quantize(rng.standard_normal((1, n_kv, n_head_kv, n_embd), np.float32), kv_type).data for _ in range(2)
+    ]
+    q = rng.standard_normal((1, n_tokens, n_head_kv * n_gqa, n_embd), np.float32)
+    n_copies = min(1 + -(-2 * cache_size() // sum(x.nbytes for x in rows)), (n + 1) * len(kernels))
+
+    times: dict[str, list[float]] = {kernel: [] for kernel in kernels}
+    with contextlib.ExitStack() as stack:
+        theirs = [
+            stack.enter_context(FlashAttnExt(q, *rows, types=kv_type, n_threads=n_threads)) for _ in range(n_copies)
+        ]
+        ours = [Attention(q, (x.k, x.v), None, types=(kv_type, kv_type)) for x in theirs]
+        copies = itertools.cycle(range(n_copies))
+        # the first round is not counted
+        for i in range(n + 1):
+            for kernel in kernels:
+                copy = next(copies)
+                start = time.perf_counter()
+                if kernel == "ggml":
+                    theirs[copy].compute()
+                else:
+                    ours[copy].compute(n_threads, kernel)
+                if i > 0:
+                    times[kernel].append(time.perf_counter() - start)
+        del ours
+    return {kernel: statistics.median(values) for kernel, values in times.items()}
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    bandwidth = {}
+    for n_threads in args.threads:
+        bandwidth[n_threads] = read_bandwidth(n_threads)
+        say(
+            f"{n_threads} threads read {bandwidth[n_threads] / 1e9:.1f} GB/s;"
+            f" a call that has nothing to do takes {call_time(n_threads) * 1e6:.0f} µs"
+        )
+    if max(args.threads) > (os.cpu_count() or 1):
+        say(f"there are {os.cpu_count()} processors only")
+    if os.getloadavg()[0] > 0.5:
+        say(f"other programs keep {os.getloadavg()[0]:.1f} processors busy, so that the times mean little")
+
+    records = []
+    cases = itertools.product(args.shape, args.n_kv, args.n_tokens, args.cache_type, args.threads)
+    for shape, n_kv, n_tokens, kv_type, n_threads in cases:
+        name = "/".join(map(str, shape))
+        say(f"{name}, {n_kv} cells, {n_tokens} tokens, {kv_type}, {n_threads} threads")
+        times = measure(shape, n_kv, n_tokens, kv_type, [*args.isa, "ggml"], n_threads, args.repetitions)
+        n_bytes = 2 * n_kv * shape[1] * ggml.row_size(kv_type, shape[0])
+        for kernel, seconds in times.items():
+            records.append(
+                {
+                    "shape": name, "n_kv": n_kv, "n_tokens": n_tokens, "type": kv_type, "threads": n_threads,
+                    "kernel": kernel, "ns": seconds * 1e9 / (n_kv * shape[1]), "GB/s": n_bytes / seconds / 1e9,
+                    "share": n_bytes / seconds / bandwidth[n_threads], "x ggml": times["ggml"] / seconds,
+                }
+            )  # fmt: skip
+    return records
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    res = Table(box=box.SIMPLE)
+    short = {"n_tokens": "p", "threads": "t"}
+    for name, value in records[0].items():
+        res.add_column(short.get(name, name), no_wrap=True, justify="left" if isinstance(value, str) else "right")
+    for record in records:
+        *case, kernel, ns, rate, share, ratio = record.values()
+        res.add_row(*map(str, case), kernel, f"{ns:.2f}", f"{rate:.2f}", f"{share:.0%}", f"{ratio:.1f}")
+        if kernel == "ggml":
+            res.add_section()
+    return res
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        records = run(args)
+    except LlamamixError as error:
+        say(str(error))
+        return 1
+    if args.output is None and sys.stdout.isatty():
+        Console().print(table(records))
+    else:
+        print(render(records, args.output or "md"), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
