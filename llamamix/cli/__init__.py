@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import demo, generate, info, pull, selftest, trace
+from . import bench, demo, generate, info, pull, selftest, trace
 from ._errors import exit_code
 
-_COMMANDS = (generate, info, pull, demo, trace, selftest)
+_COMMANDS = (generate, info, bench, pull, demo, trace, selftest)
 
 
 def _parser() -> argparse.ArgumentParser:

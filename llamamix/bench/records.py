@@ -1,0 +1,158 @@
+"""What was measured, as lines of JSON and back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import LlamamixError
+from .plan import name_of_test
+
+
+class BenchError(LlamamixError):
+    """A measurement can not be made, read or drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A configuration's samples of one test. Names are llama-bench's where it has one.
+
+    llamamix            version of the package
+    backends            what computes, CPU or names with commas between them
+    cpu_info, gpu_info  devices
+    model_filename      path of the model
+    model_type          architecture, size and type
+    model_size          bytes of all tensors
+    model_n_params      weights
+    n_batch, n_ubatch   the most tokens in a call and in a graph, as asked for
+    n_threads           threads
+    n_gpu_layers        as asked for, -1: all
+    cache               name of the configuration
+    type_k, type_v      ggml types (of the hot rows when the cache is a mixed one)
+    flash_attn          1: on, 0: off, -1: auto
+    kv_mixed            the mixed KV cache's parameters in force, None: a plain cache
+    kv_bytes            bytes of the KV cache
+    n_ctx               its cells
+    seed                of the random tokens, None: they are those of a text
+    n_prompt, n_gen     tokens computed as a prompt, and one by one
+    n_depth             tokens in the cache before
+    test_time           when the first repetition began, UTC
+    samples_ns          nanoseconds of every repetition
+    samples_token_ns    nanoseconds of every token of every repetition, nothing for a prompt
+    samples_migrate_us  microseconds that every repetition spent moving tokens to cold, None: a plain cache
+    """
+
+    llamamix: str
+    backends: str
+    cpu_info: str
+    gpu_info: str
+    model_filename: str
+    model_type: str
+    model_size: int
+    model_n_params: int
+    n_batch: int
+    n_ubatch: int
+    n_threads: int
+    n_gpu_layers: int
+    cache: str
+    type_k: str
+    type_v: str
+    flash_attn: int
+    kv_mixed: str | None
+    kv_bytes: int
+    n_ctx: int
+    seed: int | None
+    n_prompt: int
+    n_gen: int
+    n_depth: int
+    test_time: str
+    samples_ns: tuple[int, ...]
+    samples_token_ns: tuple[tuple[int, ...], ...]
+    samples_migrate_us: tuple[int, ...] | None
+
+    @property
+    def test(self) -> str:
+        """The test's name."""
+        return name_of_test(self.n_prompt, self.n_gen, self.n_depth)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of a repetition."""
+        return self.n_prompt + self.n_gen
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows of a recorded run; what was derived from the samples is left out.
+
+    Raises BenchError, which names the line, when the file is no recording or is damaged, and OSError.
+    """
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(row_from_json(line.decode("utf-8")))
+            except ValueError as error:
+                what = "is damaged" if rows else "is no recorded benchmark"
+                raise BenchError(f"{path}, line {number}: the file {what} ({error}).") from None
+    if not rows:
+        raise BenchError(f"{path} has no measurements.")
+    return rows
+
+
+def row_from_json(line: str) -> Row:
+    """A row from a line that has its fields, and perhaps others. Raises ValueError."""
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("this is not JSON") from None
+    if not isinstance(data, dict):
+        raise ValueError("this is no record")
+    row = Row(**{field.name: _value(data, field.name, str(field.type)) for field in fields(Row)})
+    _check_samples(row)
+    return row
+
+
+# what a field's annotation allows
+_READERS: Mapping[str, Any] = {
+    "str": lambda value: value if isinstance(value, str) else _fail(),
+    "int": lambda value: value if type(value) is int and -1 <= value < 2**63 else _fail(),
+    "str | None": lambda value: None if value is None else _READERS["str"](value),
+    "int | None": lambda value: None if value is None else _READERS["int"](value),
+    "tuple[int, ...]": lambda value: _tuple(value, "int"),
+    "tuple[tuple[int, ...], ...]": lambda value: _tuple(value, "tuple[int, ...]"),
+    "tuple[int, ...] | None": lambda value: None if value is None else _tuple(value, "int"),
+}
+
+
+def _value(data: Mapping[str, Any], name: str, annotation: str) -> Any:
+    if name not in data:
+        raise ValueError(f"{name} is missing")
+    try:
+        return _READERS[annotation](data[name])
+    except TypeError:
+        raise ValueError(f"{name} must not be {data[name]!r}") from None
+
+
+def _tuple(value: Any, annotation: str) -> tuple[Any, ...]:
+    return tuple(map(_READERS[annotation], value)) if isinstance(value, list) else _fail()
+
+
+def _fail() -> Any:
+    raise TypeError
+
+
+def _check_samples(row: Row) -> None:
+    n = len(row.samples_ns)
+    if n == 0 or min(row.samples_ns) <= 0 or row.n_tokens <= 0 or min(row.n_prompt, row.n_gen) < 0:
+        raise ValueError("it has no samples, or no tokens")
+    if len(row.samples_token_ns) != n or any(len(times) != row.n_gen for times in row.samples_token_ns):
+        raise ValueError("samples_token_ns does not have the time of every token")
+    if any(ns < 0 for times in row.samples_token_ns for ns in times):
+        raise ValueError("a token took less than no time")
+    if (row.samples_migrate_us is None) != (row.kv_mixed is None):
+        raise ValueError("kv_mixed and samples_migrate_us do not go together")
+    if row.samples_migrate_us is not None and len(row.samples_migrate_us) != n:
+        raise ValueError("samples_migrate_us does not have every repetition")
