@@ -673,6 +673,18 @@ V_INLINE mask_kind load_mask(const attn_args & a, int64_t stream, int64_t token,
     return any ? MASK_SOME : MASK_ALL;
 }
 
+// the larger of n_seen and the cells up to the last one that counts, in whole vectors where there are as many cells
+V_INLINE int count_seen(mask_kind kind, int n, const float * mask, int n_seen) {
+    if (kind != MASK_SOME) {
+        return kind == MASK_ALL ? n_seen : n;
+    }
+    int j = (n + V_LEN - 1)/V_LEN*V_LEN;
+    while (j > n_seen && v_hmax(v_load(mask + j - V_LEN)) == -INFINITY) {
+        j -= V_LEN;
+    }
+    return j <= n_seen ? n_seen : j < n ? j : n;
+}
+
 // slope of a head's bias, as ggml's soft_max has it (ALiBi, Press et al. 2022)
 float alibi_slope(const attn_args & a, int64_t head) {
     if (a.max_bias <= 0.0f) {
@@ -957,18 +969,18 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, float * p
             const int64_t cell = tile0*TILE;
             const int n = (int) (seg.n_kv - cell < TILE ? seg.n_kv - cell : TILE);
 
-            bool all = true;
+            int n_seen = 0; // cells behind these are hidden from all
             for (int64_t t = 0; t < n_tokens; ++t) {
                 kind[t] = load_mask(a, stream, token0 + t, cell0 + cell, n, w.mask + t*TILE);
-                all &= kind[t] == MASK_ALL;
+                n_seen = count_seen(kind[t], n, w.mask + t*TILE, n_seen);
             }
-            if (all) {
+            if (n_seen == 0) {
                 continue;
             }
 
             const auto rows = [&](const void * x, const size_t nb[3], int32_t type, int64_t n_embd) {
                 return tile {
-                    (const uint8_t *) x + ikv*nb[0] + cell*nb[1] + stream*nb[2], nb[1], n,
+                    (const uint8_t *) x + ikv*nb[0] + cell*nb[1] + stream*nb[2], nb[1], n_seen,
                     (n_embd + BLOCK - 1)/BLOCK, (int64_t) ggml_row_size((ggml_type) type, n_embd),
                 };
             };
