@@ -22,6 +22,14 @@ static const int64_t n_task_wanted = 64;
 
 static const int64_t tile_size = 128;
 
+// Quantised rows of the KV heads share cache lines. What a thread takes at once, a chunk's rows of all heads, should
+// stay in the second cache level meanwhile; chunks are not made smaller than is worth a merge.
+static const int64_t max_chunk_bytes = 512*1024;
+static const int64_t min_chunk_tiles = 4;
+
+// chunks from which on threads take them with all their heads: with fewer, some threads would wait for the last ones
+static const int64_t min_chunks_whole = 16;
+
 static int64_t div_up(int64_t a, int64_t b) {
     return (a + b - 1)/b;
 }
@@ -52,8 +60,14 @@ llama_kv_mixed_attn_plan llama_kv_mixed_attn_make_plan(const llama_kv_mixed_attn
     // no split where there are tasks enough, nor into less than two tiles
     const int64_t n_chunk = n_part >= n_task_wanted/4 ? 1 : std::min(div_up(n_task_wanted, n_part), n_tile/2);
     res.n_tile  = div_up(n_tile, std::max<int64_t>(n_chunk, 1));
+    if (n_chunk > 1) {
+        const size_t n_bytes = tile_size*args.n_head_kv*(
+            ggml_row_size((ggml_type) args.seg[0].type_k, args.n_embd_k) + ggml_row_size((ggml_type) args.seg[0].type_v, args.n_embd_v));
+        res.n_tile = std::min(res.n_tile, std::max<int64_t>(max_chunk_bytes/n_bytes, min_chunk_tiles));
+    }
     res.n_chunk = std::max<int64_t>(div_up(n_tile, std::max<int64_t>(res.n_tile, 1)), 1);
     res.n_task  = n_part*res.n_chunk;
+    res.n_step  = res.n_chunk >= min_chunks_whole ? args.n_head_kv : 1;
 
     res.ld_k = pad(args.n_embd_k, 32);
     res.ld_v = pad(args.n_embd_v, 32);
@@ -152,8 +166,10 @@ void llama_kv_mixed_attn_compute(const llama_kv_mixed_attn_kernel & kernel, cons
 
     std::atomic<int64_t> next = 0;
     run([&](int i) {
-        for (int64_t task; (task = next++) < plan.n_task;) {
-            kernel.task(args, plan, task, partial.data(), scratch.data() + i*plan.n_scratch);
+        for (int64_t task0; (task0 = next.fetch_add(plan.n_step)) < plan.n_task;) {
+            for (int64_t task = task0; task < task0 + plan.n_step; ++task) {
+                kernel.task(args, plan, task, partial.data(), scratch.data() + i*plan.n_scratch);
+            }
         }
     });
 

@@ -31,6 +31,7 @@ struct llama_kv_mixed_attn_plan {
     int64_t n_chunk;   // parts of the cells
     int64_t n_tile;    // tiles of cells per chunk
     int64_t n_task;
+    int64_t n_step;    // tasks that a thread takes at once
 
     int64_t ld_k;      // padded head sizes
     int64_t ld_v;
