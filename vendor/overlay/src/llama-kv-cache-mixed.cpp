@@ -9,7 +9,6 @@
 #include "llama-io.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-memory-hybrid.h"
-#include "llama-memory-hybrid-iswa.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -1257,8 +1256,6 @@ void llama_kv_cache_mixed_context::set_input_kq_mask(ggml_tensor * dst, const ll
 llama_kv_cache_mixed * llama_kv_mixed_find(llama_memory_i * mem) {
     if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem)) {
         mem = hybrid->get_mem_attn();
-    } else if (auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(mem)) {
-        mem = hybrid_iswa->get_mem_attn()->get_base();
     } else if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
         mem = iswa->get_base();
     }
@@ -1329,8 +1326,9 @@ static std::optional<llama_kv_mixed_params> requested_or_fail() {
 }
 
 void llama_kv_mixed_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
-    if (llama_kv_mixed_find(params.mem_other)) {
-        fail(format("a %s model can not share the cache of a context that has a mixed one", llm_arch_name(model.arch)));
+    // (other draft models have a context to draft for as well, and a cache of their own)
+    if (model.arch == LLM_ARCH_GEMMA4_ASSISTANT && llama_kv_mixed_find(params.mem_other)) {
+        fail(format("a %s model reads the rows of another context's cache, and that is a mixed one", llm_arch_name(model.arch)));
     }
 
     if (!requested_or_fail()) {
@@ -1425,18 +1423,23 @@ uint32_t llama_kv_mixed_n_cold(const llama_kv_cache_context * mctx) {
     return mixed ? mixed->get_n_cold() : 0;
 }
 
-void llama_kv_mixed_read_swa(
-             llama_kv_cache & kv_base,
-             llama_kv_cache & kv_swa,
+void llama_kv_mixed_state_read(
+       const llama_kv_cache & kv_attn,
+             llama_memory_i & part,
+             llama_memory_i & rest,
             llama_io_read_i & io,
                llama_seq_id   seq_id,
       llama_state_seq_flags   flags) {
     try {
-        kv_swa.state_read(io, seq_id, flags);
+        part.state_read(io, seq_id, flags);
     } catch (...) {
-        if (auto * mixed = dynamic_cast<llama_kv_cache_mixed *>(&kv_base)) {
-            if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
-                mixed->state_clear(seq_id);
+        if (dynamic_cast<const llama_kv_cache_mixed *>(&kv_attn)) {
+            for (llama_memory_i * mem : { &part, &rest }) {
+                if (seq_id == -1) {
+                    mem->clear(true);
+                } else {
+                    mem->seq_rm(seq_id, -1, -1);
+                }
             }
         }
         throw;

@@ -342,10 +342,12 @@ uint32_t llama_kv_mixed_n_ctx_seq(const llama_kv_cache & kv);
 // cold cells in view, 0 for other caches
 uint32_t llama_kv_mixed_n_cold(const llama_kv_cache_context * mctx);
 
-// reads the state of the cache of sliding windows; when that fails, the mixed cache beside it is emptied as well
-void llama_kv_mixed_read_swa(
-             llama_kv_cache & kv_base,
-             llama_kv_cache & kv_swa,
+// reads the state of one part of a memory, another part being the rest of it
+// when that fails, and the attention is mixed, both are left empty: half a state is none
+void llama_kv_mixed_state_read(
+       const llama_kv_cache & kv_attn,
+             llama_memory_i & part,
+             llama_memory_i & rest,
             llama_io_read_i & io,
                llama_seq_id   seq_id,
       llama_state_seq_flags   flags);
