@@ -167,6 +167,11 @@ class Model:
         return bool(self._get("llama_model_is_recurrent"))
 
     @property
+    def is_hybrid(self) -> bool:
+        """True when some layers are recurrent and others attend."""
+        return bool(self._get("llama_model_is_hybrid"))
+
+    @property
     def has_multi_pos(self) -> bool:
         """True when a token has several positions (M-RoPE)."""
         return self._get("llama_model_rope_type") in _ROPE_TYPES_MULTI

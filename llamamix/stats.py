@@ -24,6 +24,9 @@ class CacheStats:
     n_tokens_moved             cells moved from hot to cold
     n_refused                  batches refused because hot and cold were full
     t_migrate_us               microseconds spent moving
+    bytes_rest                 bytes allocated for what is not mixed: the cache of sliding windows, recurrent states
+
+    All but bytes_rest is about the layers that attend to the whole context.
     """
 
     n_stream: int
@@ -43,6 +46,7 @@ class CacheStats:
     n_tokens_moved: int
     n_refused: int
     t_migrate_us: int
+    bytes_rest: int
 
     @property
     def bytes_total(self) -> int:

@@ -68,6 +68,12 @@ def smollm2_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma3_path() -> Path:
+    """Gemma 3 270M Q4_K_M."""
+    return _pulled("gemma3")
+
+
+@pytest.fixture(scope="session")
 def botchan_path() -> Path:
     """279 kB of English text."""
     return _pulled("botchan")

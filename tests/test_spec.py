@@ -301,11 +301,10 @@ def write_mamba(path: Path) -> Path:
     return path
 
 
-def write_iswa(path: Path) -> Path:
-    """Three of four layers with a sliding window."""
-    llama = write_tiny_model(path.with_suffix(".llama"), head_size=32, n_layer=4)
-    extra = {"attention.sliding_window": 64, "logit_scale": 1.0, "attention.layer_norm_epsilon": 1e-5}
-    return rewrite_gguf(llama, path, arch="cohere2", drop=[r"output\.", r"blk\.\d\.ffn_norm"], extra=extra)
+def write_windows_only(path: Path) -> Path:
+    """Recurrent layers, and a sliding window in all others."""
+    hybrid = write_tiny_model(path.with_suffix(".hybrid"), arch="lfm2", head_size=32)
+    return rewrite_gguf(hybrid, path, extra={"attention.sliding_window": 64})
 
 
 def write_non_causal(path: Path) -> Path:
@@ -316,10 +315,10 @@ def write_non_causal(path: Path) -> Path:
     ("write", "sentence"),
     [
         (write_mamba, "no mixed KV cache for a mamba model: its memory is a recurrent state, not a KV cache"),
-        (write_iswa, "no mixed KV cache for a cohere2 model: it has sliding-window attention layers (iSWA)"),
+        (write_windows_only, "no layer of this model attends to the whole context, there is nothing to mix"),
         (write_non_causal, "no mixed KV cache without causal attention"),
     ],
-    ids=["recurrent", "iswa", "non-causal"],
+    ids=["recurrent", "windows", "non-causal"],
 )
 def test_a_model_that_is_not_supported(write: Callable[[Path], Path], sentence: str, tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf")

@@ -39,7 +39,10 @@ def write_tiny_model(
 ) -> Path:
     """Write a GGUF file and return its path.
 
-    arch           "llama"; or "minicpm3", with ``n_head`` K and V heads whose sizes may differ (``head_size_v``)
+    arch           "llama"; or "minicpm3", with ``n_head`` K and V heads whose sizes may differ (``head_size_v``); or
+                   "lfm2", where every other layer is a short convolution, a recurrent one (``n_embd`` must be that of
+                   the heads); or "gemma4", where every other layer has a sliding window of 64 tokens and heads of half
+                   the size, and the last two layers use K and V of those two before
     weight_type    of the matrices
     n_vocab        beyond the words it is filled up with tokens that no text has
     chat_template  None leaves it out
@@ -68,13 +71,17 @@ def write_tiny_model(
     if chat_template is not None:
         writer.add_chat_template(chat_template)
 
-    weights.norm("output_norm", n_embd)
+    weights.norm("token_embd_norm" if arch == "lfm2" else "output_norm", n_embd)
     if arch == "llama":
         if head_size_v not in (None, head_size):
             raise ValueError("llama has K and V heads of one size")
         _add_llama(writer, weights, n_layer, n_head, n_head_kv, head_size, n_embd, n_ff, n_vocab)
     elif arch == "minicpm3":
         _add_minicpm3(writer, weights, n_layer, n_head, head_size, head_size_v or head_size, n_embd, n_ff, n_vocab)
+    elif arch == "lfm2":
+        _add_lfm2(writer, weights, n_layer, n_head, n_head_kv, head_size, n_ff, n_vocab)
+    elif arch == "gemma4":
+        _add_gemma4(writer, weights, n_layer, n_head, n_head_kv, head_size, n_embd, n_ff, n_vocab)
     else:
         raise ValueError(f"no tiny model of architecture {arch}")
 
@@ -96,8 +103,8 @@ class _Weights:
         weight = self._rng.standard_normal((n_out, n_in), np.float32) * np.float32(gain / np.sqrt(n_in))
         self._writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weight, self._type), raw_dtype=self._type)
 
-    def norm(self, name: str, n: int) -> None:
-        self._writer.add_tensor(f"{name}.weight", np.ones(n, np.float32))
+    def norm(self, name: str, n: int, gain: float = 1.0) -> None:
+        self._writer.add_tensor(f"{name}.weight", np.full(n, gain, np.float32))
 
 
 def _add_llama(
@@ -156,6 +163,85 @@ def _add_minicpm3(
         weights.matrix(f"blk.{i}.attn_kv_b", n_head * (head_size - n_rot + head_size_v), n_lora)
         weights.matrix(f"blk.{i}.attn_output", n_embd, n_head * head_size_v, 3.0)
         weights.norm(f"blk.{i}.ffn_norm", n_embd)
+        weights.matrix(f"blk.{i}.ffn_gate", n_ff, n_embd)
+        weights.matrix(f"blk.{i}.ffn_up", n_ff, n_embd)
+        weights.matrix(f"blk.{i}.ffn_down", n_embd, n_ff)
+
+
+def _add_lfm2(
+    writer: gguf.GGUFWriter,
+    weights: _Weights,
+    n_layer: int,
+    n_head: int,
+    n_head_kv: int,
+    head_size: int,
+    n_ff: int,
+    n_vocab: int,
+) -> None:
+    n_embd = n_head * head_size
+    n_conv = 3
+    writer.add_head_count_kv([n_head_kv if i % 2 == 0 else 0 for i in range(n_layer)])
+    writer.add_rope_dimension_count(head_size)
+    writer.add_shortconv_l_cache(n_conv)
+    weights.matrix("token_embd", n_vocab, n_embd, np.sqrt(n_embd))
+    weights.matrix("output", n_vocab, n_embd, 3.0)
+    for i in range(n_layer):
+        weights.norm(f"blk.{i}.attn_norm", n_embd)
+        weights.norm(f"blk.{i}.ffn_norm", n_embd)
+        if i % 2 == 0:
+            weights.norm(f"blk.{i}.attn_q_norm", head_size, 2.0)
+            weights.norm(f"blk.{i}.attn_k_norm", head_size)
+            weights.matrix(f"blk.{i}.attn_q", n_embd, n_embd)
+            weights.matrix(f"blk.{i}.attn_k", n_head_kv * head_size, n_embd)
+            weights.matrix(f"blk.{i}.attn_v", n_head_kv * head_size, n_embd)
+            weights.matrix(f"blk.{i}.attn_output", n_embd, n_embd, 3.0)
+        else:
+            weights.matrix(f"blk.{i}.shortconv.in_proj", 3 * n_embd, n_embd)
+            weights.matrix(f"blk.{i}.shortconv.out_proj", n_embd, n_embd)
+            weights.matrix(f"blk.{i}.shortconv.conv", n_embd, n_conv)
+        weights.matrix(f"blk.{i}.ffn_gate", n_ff, n_embd)
+        weights.matrix(f"blk.{i}.ffn_up", n_ff, n_embd)
+        weights.matrix(f"blk.{i}.ffn_down", n_embd, n_ff)
+
+
+def _add_gemma4(
+    writer: gguf.GGUFWriter,
+    weights: _Weights,
+    n_layer: int,
+    n_head: int,
+    n_head_kv: int,
+    head_size: int,
+    n_embd: int,
+    n_ff: int,
+    n_vocab: int,
+) -> None:
+    n_shared = 2
+    is_swa = [i % 2 == 0 for i in range(n_layer)]
+    writer.add_head_count_kv(n_head_kv)
+    writer.add_rope_dimension_count(head_size)
+    writer.add_rope_dimension_count_swa(head_size // 2)
+    writer.add_key_length_swa(head_size // 2)
+    writer.add_value_length_swa(head_size // 2)
+    writer.add_sliding_window(64)
+    writer.add_sliding_window_pattern(is_swa)
+    writer.add_shared_kv_layers(n_shared)
+    writer.add_embedding_length_per_layer_input(0)
+    weights.matrix("token_embd", n_vocab, n_embd)  # is multiplied by the root of the width
+    weights.matrix("output", n_vocab, n_embd, 3.0)
+    weights.norm("rope_freqs", head_size // 2)
+    for i in range(n_layer):
+        size = head_size // 2 if is_swa[i] else head_size
+        for name in ("attn_norm", "post_attention_norm", "ffn_norm"):
+            weights.norm(f"blk.{i}.{name}", n_embd)
+        # ggml looks GELU up in a table of F16 values, which makes a small difference larger: it counts for little
+        weights.norm(f"blk.{i}.post_ffw_norm", n_embd, 0.02)
+        weights.matrix(f"blk.{i}.attn_q", n_head * size, n_embd)
+        weights.norm(f"blk.{i}.attn_q_norm", size, 2.0 / np.sqrt(size))  # scores are not scaled
+        if i < n_layer - n_shared:
+            weights.matrix(f"blk.{i}.attn_k", n_head_kv * size, n_embd)
+            weights.norm(f"blk.{i}.attn_k_norm", size)
+            weights.matrix(f"blk.{i}.attn_v", n_head_kv * size, n_embd)
+        weights.matrix(f"blk.{i}.attn_output", n_embd, n_head * size)
         weights.matrix(f"blk.{i}.ffn_gate", n_ff, n_embd)
         weights.matrix(f"blk.{i}.ffn_up", n_ff, n_embd)
         weights.matrix(f"blk.{i}.ffn_down", n_embd, n_ff)

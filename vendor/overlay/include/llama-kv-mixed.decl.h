@@ -27,6 +27,8 @@ struct llama_kv_mixed_params {
 };
 
 // What a mixed KV cache holds and has done so far. Set struct_size before the call.
+// Where a context's memory is more than that (sliding windows, recurrent states), all but bytes_rest is about the layers
+// that attend to the whole context.
 struct llama_kv_mixed_stats {
     size_t struct_size;
 
@@ -50,6 +52,8 @@ struct llama_kv_mixed_stats {
     uint64_t n_tokens_moved; // cells moved from hot to cold
     uint64_t n_refused;      // batches refused because hot and cold were full
     uint64_t t_migrate_us;   // time spent moving, microseconds
+
+    uint64_t bytes_rest;     // bytes allocated for what is not mixed: the cache of sliding windows, recurrent states
 };
 
 // hot 512, cold q4_0, group 128, threshold 0.8, sink 4, attn auto
@@ -70,7 +74,7 @@ struct llama_context * llama_kv_mixed_init_from_model(
 const char * llama_kv_mixed_last_error(void);
 
 // The parameters in force and the state of a cache, of llama_get_memory() or llama_kv_mixed_cache_get_memory().
-// Return 0; or -1 when the memory is not a mixed KV cache.
+// Return 0; or -1 when the memory is not a mixed KV cache and has none in it.
 int32_t llama_kv_mixed_get_params(llama_memory_t mem, struct llama_kv_mixed_params * params);
 int32_t llama_kv_mixed_get_stats (llama_memory_t mem, struct llama_kv_mixed_stats * stats);
 

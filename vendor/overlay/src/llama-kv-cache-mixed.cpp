@@ -7,6 +7,8 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-io.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -95,23 +97,16 @@ static void set_cell(
     }
 }
 
-llama_kv_cache_mixed::llama_kv_cache_mixed(
-              const llama_model & model,
+llama_kv_cache_mixed::setup llama_kv_cache_mixed::make_setup(
+            const llama_hparams & hparams,
                       ggml_type   type_k,
                       ggml_type   type_v,
     const llama_kv_mixed_params & params_req,
-                           bool   offload,
-                           bool   unified,
                        uint32_t   n_ctx_seq,
-                       uint32_t   n_seq_max,
+                       uint32_t   n_seq_stream,
                        uint32_t   n_pad,
-          const layer_filter_cb & filter) :
-    model(model), hparams(model.hparams),
-    params(resolve_params(params_req, n_ctx_seq, unified ? n_seq_max : 1, n_pad)),
-    policy({ params.n_hot, params.n_group, params.n_sink, params.threshold }) {
-
-    const ggml_type type_cold_k = (ggml_type) params.type_cold_k;
-    const ggml_type type_cold_v = (ggml_type) params.type_cold_v;
+          const layer_filter_cb & filter) {
+    const auto params = resolve_params(params_req, n_ctx_seq, n_seq_stream, n_pad);
 
     for (const ggml_type type : { type_k, type_v }) {
         if (type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && type != GGML_TYPE_F32) {
@@ -121,14 +116,18 @@ llama_kv_cache_mixed::llama_kv_cache_mixed(
         }
     }
 
+    bool any = false;
+
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
         if (!hparams.has_kv(il) || (filter && !filter(il))) {
             continue;
         }
 
+        any = true;
+
         const struct { const char * name; ggml_type type; uint32_t n_embd_head; } sides[] = {
-            { "cold_k", type_cold_k, hparams.n_embd_head_k(il) },
-            { "cold_v", type_cold_v, hparams.n_embd_head_v(il) },
+            { "cold_k", (ggml_type) params.type_cold_k, hparams.n_embd_head_k(il) },
+            { "cold_v", (ggml_type) params.type_cold_v, hparams.n_embd_head_v(il) },
         };
 
         for (const auto & side : sides) {
@@ -139,21 +138,69 @@ llama_kv_cache_mixed::llama_kv_cache_mixed(
         }
     }
 
-    const auto make = [&](ggml_type tk, ggml_type tv, uint32_t size, const char * tag) {
-        // note: rows of V are never transposed, quantised ones can not be
-        return std::make_unique<llama_kv_cache>(
-                model, hparams, tk, tv, /*v_trans*/ false, offload, unified, size, n_seq_max, n_pad,
-                hparams.n_swa, hparams.swa_type, nullptr, filter, nullptr, nullptr, tag);
-    };
+    if (!any) {
+        throw std::runtime_error("no layer of this model attends to the whole context, there is nothing to mix");
+    }
 
-    LLAMA_LOG_INFO("%s: creating hot KV cache (%s), size = %u cells\n", __func__, type_label(type_k, type_v).c_str(), params.n_hot);
+    LLAMA_LOG_INFO("%s: creating hot KV cache (%s), size = %u cells\n", "llama_kv_cache_mixed", type_label(type_k, type_v).c_str(), params.n_hot);
 
-    kv_hot = make(type_k, type_v, params.n_hot, "hot_");
+    return { params };
+}
+
+llama_kv_cache_mixed::llama_kv_cache_mixed(
+              const llama_model & model,
+            const llama_hparams & hparams,
+                      ggml_type   type_k,
+                      ggml_type   type_v,
+    const llama_kv_mixed_params & params,
+                           bool   offload,
+                           bool   unified,
+                       uint32_t   n_ctx_seq,
+                       uint32_t   n_seq_max,
+                       uint32_t   n_pad,
+          const layer_filter_cb & filter,
+           const layer_reuse_cb & reuse) :
+    llama_kv_cache_mixed(
+            model, hparams, type_k, type_v,
+            make_setup(hparams, type_k, type_v, params, n_ctx_seq, unified ? n_seq_max : 1, n_pad, filter),
+            offload, unified, n_ctx_seq, n_seq_max, n_pad, filter, reuse) {
+}
+
+// note: rows of V are never transposed, quantised ones can not be
+llama_kv_cache_mixed::llama_kv_cache_mixed(
+              const llama_model & model,
+            const llama_hparams & hparams,
+                      ggml_type   type_k,
+                      ggml_type   type_v,
+                    const setup & su,
+                           bool   offload,
+                           bool   unified,
+                       uint32_t   n_ctx_seq,
+                       uint32_t   n_seq_max,
+                       uint32_t   n_pad,
+          const layer_filter_cb & filter,
+           const layer_reuse_cb & reuse) :
+    llama_kv_cache(
+            model, hparams, type_k, type_v, /*v_trans*/ false, offload, unified, su.params.n_hot, n_seq_max, n_pad,
+            0, LLAMA_SWA_TYPE_NONE, nullptr, filter, reuse, nullptr, "hot_"),
+    params(su.params),
+    policy({ params.n_hot, params.n_group, params.n_sink, params.threshold }),
+    n_ctx_seq(n_ctx_seq) {
+
+    const ggml_type type_cold_k = (ggml_type) params.type_cold_k;
+    const ggml_type type_cold_v = (ggml_type) params.type_cold_v;
 
     LLAMA_LOG_INFO("%s: creating cold KV cache (%s), size = %u cells\n", __func__,
             ggml_is_quantized(type_cold_k) ? "quantized" : type_label(type_cold_k, type_cold_v).c_str(), params.n_cold);
 
-    kv_cold = make(type_cold_k, type_cold_v, params.n_cold, "cold_");
+    kv_cold = std::make_unique<llama_kv_cache>(
+            model, hparams, type_cold_k, type_cold_v, /*v_trans*/ false, offload, unified, params.n_cold, n_seq_max, n_pad,
+            0, LLAMA_SWA_TYPE_NONE, nullptr, filter, reuse, nullptr, "cold_");
+
+    // hot rows are rotated as cold ones are
+    attn_rot_k        = kv_cold->attn_rot_k;
+    attn_rot_v        = kv_cold->attn_rot_v;
+    attn_rot_hadamard = kv_cold->attn_rot_hadamard;
 
     std::vector<llama_kv_mixed_mover::pair> pairs;
 
@@ -183,7 +230,7 @@ llama_kv_cache_mixed::llama_kv_cache_mixed(
 }
 
 llama_kv_cache * llama_kv_cache_mixed::get_hot() const {
-    return kv_hot.get();
+    return kv_hot;
 }
 
 llama_kv_cache * llama_kv_cache_mixed::get_cold() const {
@@ -196,6 +243,10 @@ ggml_tensor * llama_kv_cache_mixed::get_v_storage(const llama_kv_cache & kv, int
 
 const llama_kv_mixed_params & llama_kv_cache_mixed::get_params() const {
     return params;
+}
+
+uint32_t llama_kv_cache_mixed::get_n_ctx_seq() const {
+    return n_ctx_seq;
 }
 
 llama_kv_mixed_stats llama_kv_cache_mixed::get_stats() const {
@@ -363,67 +414,32 @@ void llama_kv_cache_mixed::measure_error(
 llama_memory_context_ptr llama_kv_cache_mixed::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
     GGML_UNUSED(embd_all);
 
-    const uint32_t n_stream = kv_hot->get_n_stream();
-
-    // what is left of the batch in each stream
-    std::vector<uint32_t> n_left(n_stream, 0);
-    {
-        const llama_batch & batch = balloc.get_batch();
-        for (int32_t i = 0; i < batch.n_tokens; ++i) {
-            n_left[get_stream(batch.seq_id[i][0])]++;
-        }
-    }
-
-    std::vector<llama_kv_mixed_plan> plans;
-    for (uint32_t s = 0; s < n_stream; ++s) {
-        plans.push_back(get_plan(s));
-    }
-
     balloc.split_reset();
 
     std::vector<llama_ubatch> ubatches;
+    while (true) {
+        const uint32_t n = get_n_ubatch(balloc, ubatches, n_ubatch);
 
-    // without causal attention all tokens of a batch see each other
-    const bool can_split = !lctx || lctx->get_cparams().causal_attn;
-
-    while (balloc.get_n_used() < balloc.get_n_tokens()) {
-        // a ubatch goes to hot as a whole, so it is split to fit
-        uint32_t n_max = n_ubatch;
-        for (uint32_t s = 0; s < n_stream; ++s) {
-            if (n_left[s] > 0) {
-                n_max = std::min(n_max, plans[s].room(policy));
-            }
-        }
-
-        if (n_max == 0 || (!can_split && n_max < balloc.get_n_tokens())) {
-            n_refused++;
-            if (trace->is_on()) {
-                auto event = make_event(LLAMA_KV_MIXED_EVENT_REFUSE, -1);
-                event.n_tokens = balloc.get_n_tokens();
-                trace->push(event);
-            }
-            LLAMA_LOG_WARN("%s: the batch does not fit: %s\n", __func__, describe_use().c_str());
-            return std::make_unique<llama_kv_cache_mixed_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
-        }
-
-        auto ubatch = n_stream == 1 ? balloc.split_simple(n_max) : balloc.split_equal(n_max, true, 0);
+        auto ubatch = n_stream == 1 ? balloc.split_simple(n) : balloc.split_equal(n, true, 0);
 
         if (ubatch.n_tokens == 0) {
-            // failed to find a suitable split
-            return std::make_unique<llama_kv_cache_mixed_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
-        }
-
-        for (const auto & sh : get_shares(ubatch)) {
-            const bool placed = plans[sh.strm].place(policy, sh.n, sh.n_pinned);
-            GGML_ASSERT(placed);
-
-            n_left[sh.strm] -= sh.n;
+            break;
         }
 
         ubatches.push_back(std::move(ubatch)); // NOLINT
     }
 
-    return std::make_unique<llama_kv_cache_mixed_context>(this, std::move(ubatches));
+    if (balloc.get_n_used() < balloc.get_n_tokens()) {
+        // failed to find a suitable split
+        return std::make_unique<llama_kv_cache_mixed_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    }
+
+    auto sinfos = prepare(ubatches);
+    if (sinfos.empty()) {
+        return std::make_unique<llama_kv_cache_mixed_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    }
+
+    return std::make_unique<llama_kv_cache_mixed_context>(this, std::move(sinfos), std::move(ubatches));
 }
 
 llama_memory_context_ptr llama_kv_cache_mixed::init_full() {
@@ -435,20 +451,22 @@ llama_memory_context_ptr llama_kv_cache_mixed::init_update(llama_context * lctx,
 
     this->lctx = lctx;
 
+    is_refused = false;
+
     const bool do_shift = kv_hot->get_has_shift() || kv_cold->get_has_shift();
 
     return std::make_unique<llama_kv_cache_mixed_context>(this, lctx, do_shift);
 }
 
 bool llama_kv_cache_mixed::get_can_shift() const {
-    return kv_hot->get_can_shift() && kv_cold->get_can_shift();
+    return llama_kv_cache::get_can_shift() && kv_cold->get_can_shift();
 }
 
 void llama_kv_cache_mixed::clear(bool data) {
-    kv_hot ->clear(data);
+    llama_kv_cache::clear(data);
     kv_cold->clear(data);
 
-    if (trace->is_on()) {
+    if (trace->is_on() && !is_reading) {
         trace->push(make_event(LLAMA_KV_MIXED_EVENT_CLEAR, -1));
     }
 }
@@ -456,10 +474,10 @@ void llama_kv_cache_mixed::clear(bool data) {
 bool llama_kv_cache_mixed::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     bool res = true;
 
-    res = kv_hot ->seq_rm(seq_id, p0, p1) && res;
+    res = llama_kv_cache::seq_rm(seq_id, p0, p1) && res;
     res = kv_cold->seq_rm(seq_id, p0, p1) && res;
 
-    if (trace->is_on()) {
+    if (trace->is_on() && !is_reading) {
         trace->push(make_event(LLAMA_KV_MIXED_EVENT_SEQ_RM, -1, seq_id, p0, p1));
     }
 
@@ -467,12 +485,12 @@ bool llama_kv_cache_mixed::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
 }
 
 void llama_kv_cache_mixed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    kv_hot ->seq_cp(seq_id_src, seq_id_dst, p0, p1);
+    llama_kv_cache::seq_cp(seq_id_src, seq_id_dst, p0, p1);
     kv_cold->seq_cp(seq_id_src, seq_id_dst, p0, p1);
 
     // Rows go to another stream at once. Upstream leaves that to the next update, which then takes and overwrites what is
     // in the two streams by that time: after a clear(), a state_read() or a migration that is something else.
-    for (llama_kv_cache * kv : { kv_hot.get(), kv_cold.get() }) {
+    for (llama_kv_cache * kv : { kv_hot, kv_cold.get() }) {
         const auto sc_info = std::move(kv->sc_info);
         kv->sc_info = {};
 
@@ -497,7 +515,7 @@ void llama_kv_cache_mixed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_d
 }
 
 void llama_kv_cache_mixed::seq_keep(llama_seq_id seq_id) {
-    kv_hot ->seq_keep(seq_id);
+    llama_kv_cache::seq_keep(seq_id);
     kv_cold->seq_keep(seq_id);
 
     if (trace->is_on()) {
@@ -506,7 +524,7 @@ void llama_kv_cache_mixed::seq_keep(llama_seq_id seq_id) {
 }
 
 void llama_kv_cache_mixed::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
-    kv_hot ->seq_add(seq_id, p0, p1, shift);
+    llama_kv_cache::seq_add(seq_id, p0, p1, shift);
     kv_cold->seq_add(seq_id, p0, p1, shift);
 
     if (trace->is_on()) {
@@ -515,7 +533,7 @@ void llama_kv_cache_mixed::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos 
 }
 
 void llama_kv_cache_mixed::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
-    kv_hot ->seq_div(seq_id, p0, p1, d);
+    llama_kv_cache::seq_div(seq_id, p0, p1, d);
     kv_cold->seq_div(seq_id, p0, p1, d);
 
     if (trace->is_on()) {
@@ -524,7 +542,7 @@ void llama_kv_cache_mixed::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos 
 }
 
 llama_pos llama_kv_cache_mixed::seq_pos_min(llama_seq_id seq_id) const {
-    const llama_pos hot  = kv_hot ->seq_pos_min(seq_id);
+    const llama_pos hot  = llama_kv_cache::seq_pos_min(seq_id);
     const llama_pos cold = kv_cold->seq_pos_min(seq_id);
 
     // -1: the sequence has no token there
@@ -532,11 +550,11 @@ llama_pos llama_kv_cache_mixed::seq_pos_min(llama_seq_id seq_id) const {
 }
 
 llama_pos llama_kv_cache_mixed::seq_pos_max(llama_seq_id seq_id) const {
-    return std::max(kv_hot->seq_pos_max(seq_id), kv_cold->seq_pos_max(seq_id));
+    return std::max(llama_kv_cache::seq_pos_max(seq_id), kv_cold->seq_pos_max(seq_id));
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_mixed::memory_breakdown() const {
-    std::map<ggml_backend_buffer_type_t, size_t> res = kv_hot->memory_breakdown();
+    std::map<ggml_backend_buffer_type_t, size_t> res = llama_kv_cache::memory_breakdown();
 
     for (const auto & [buft, size] : kv_cold->memory_breakdown()) {
         res[buft] += size;
@@ -572,8 +590,8 @@ void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_i
 
     io.write(&header, sizeof(header));
 
-    for (const llama_kv_cache * kv : { kv_hot.get(), kv_cold.get() }) {
-        kv->state_write(io, seq_id, flags);
+    for (const llama_kv_cache * kv : { kv_hot, kv_cold.get() }) {
+        kv->llama_kv_cache::state_write(io, seq_id, flags);
         state_write_shifts(io, *kv, seq_id);
     }
 
@@ -608,8 +626,10 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
         }
     }
 
+    is_reading = true;
+
     try {
-        for (llama_kv_cache * kv : { kv_hot.get(), kv_cold.get() }) {
+        for (llama_kv_cache * kv : { kv_hot, kv_cold.get() }) {
             llama_kv_cache::slot_info_vec_t sinfos;
 
             kv->state_read_sinfo(io, seq_id, flags, &sinfos, nullptr);
@@ -617,10 +637,12 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
         }
     } catch (...) {
         // half a state is none
-        kv_hot ->state_clear(seq_id);
-        kv_cold->state_clear(seq_id);
+        state_clear(seq_id);
+        is_reading = false;
         throw;
     }
+
+    is_reading = false;
 
     if (trace->is_on()) {
         trace->push(make_event(LLAMA_KV_MIXED_EVENT_STATE_READ, -1, seq_id));
@@ -671,10 +693,6 @@ void llama_kv_cache_mixed::state_read_shifts(llama_io_read_i & io, llama_kv_cach
 // llama_kv_cache_mixed specific API
 //
 
-uint32_t llama_kv_cache_mixed::get_stream(llama_seq_id seq_id) const {
-    return kv_hot->get_stream(seq_id);
-}
-
 llama_kv_mixed_plan llama_kv_cache_mixed::get_plan(uint32_t strm) const {
     const auto & hot  = kv_hot ->v_cells[strm];
     const auto & cold = kv_cold->v_cells[strm];
@@ -688,6 +706,96 @@ llama_kv_mixed_plan llama_kv_cache_mixed::get_plan(uint32_t strm) const {
     }
 
     return res;
+}
+
+std::vector<llama_kv_mixed_plan> llama_kv_cache_mixed::get_plans() const {
+    std::vector<llama_kv_mixed_plan> res;
+
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        res.push_back(get_plan(s));
+    }
+
+    return res;
+}
+
+uint32_t llama_kv_cache_mixed::get_n_ubatch(
+              const llama_batch_allocr & balloc,
+       const std::vector<llama_ubatch> & ubatches,
+                              uint32_t   n_ubatch) const {
+    // without causal attention all tokens of a batch see each other, it can not be split
+    if (lctx && !lctx->get_cparams().causal_attn) {
+        return n_ubatch;
+    }
+
+    // what is left of the batch in each stream
+    std::vector<uint32_t> n_left(n_stream, 0);
+    {
+        const llama_batch & batch = balloc.get_batch();
+        for (int32_t i = 0; i < batch.n_tokens; ++i) {
+            n_left[get_stream(batch.seq_id[i][0])]++;
+        }
+    }
+
+    auto plans = get_plans();
+
+    for (const auto & ubatch : ubatches) {
+        for (const auto & sh : get_shares(ubatch)) {
+            if (!plans[sh.strm].place(policy, sh.n, sh.n_pinned)) {
+                return n_ubatch;
+            }
+
+            n_left[sh.strm] -= sh.n;
+        }
+    }
+
+    // a ubatch goes to hot as a whole
+    uint32_t res = n_ubatch;
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        if (n_left[s] > 0) {
+            res = std::min(res, plans[s].room(policy));
+        }
+    }
+
+    return res == 0 ? n_ubatch : res;
+}
+
+llama_kv_cache_mixed::slot_info_vec_t llama_kv_cache_mixed::prepare(const std::vector<llama_ubatch> & ubatches) {
+    auto plans = get_plans();
+
+    bool success = true;
+
+    for (const auto & ubatch : ubatches) {
+        for (const auto & sh : get_shares(ubatch)) {
+            success = success && plans[sh.strm].place(policy, sh.n, sh.n_pinned);
+        }
+    }
+
+    if (success) {
+        return slot_info_vec_t(ubatches.size());
+    }
+
+    if (!is_refused) {
+        is_refused = true;
+
+        n_refused++;
+
+        if (trace->is_on()) {
+            auto event = make_event(LLAMA_KV_MIXED_EVENT_REFUSE, -1);
+            for (const auto & ubatch : ubatches) {
+                event.n_tokens += ubatch.n_tokens;
+            }
+            trace->push(event);
+        }
+
+        LLAMA_LOG_WARN("%s: the batch does not fit: %s\n", __func__, describe_use().c_str());
+    }
+
+    return {};
+}
+
+void llama_kv_cache_mixed::state_clear(llama_seq_id seq_id) {
+    kv_cold->state_clear(seq_id);
+    llama_kv_cache::state_clear(seq_id);
 }
 
 std::vector<llama_kv_cache_mixed::share> llama_kv_cache_mixed::get_shares(const llama_ubatch & ubatch) const {
@@ -948,7 +1056,7 @@ ggml_cgraph * llama_kv_cache_mixed::build_graph_shift(llm_graph_result * res, ll
 
     const auto & cparams = lctx->get_cparams();
 
-    for (const llama_kv_cache * kv : { kv_hot.get(), kv_cold.get() }) {
+    for (const llama_kv_cache * kv : { kv_hot, kv_cold.get() }) {
         auto inp = std::make_unique<llm_graph_input_k_shift_mixed>(kv, kv_cold.get());
 
         const int64_t n_cells = (int64_t) kv->get_size()*kv->get_n_stream();
@@ -1032,7 +1140,7 @@ bool llama_kv_cache_mixed::update(llama_context * lctx) {
         }
     }
 
-    for (llama_kv_cache * kv : { kv_hot.get(), kv_cold.get() }) {
+    for (llama_kv_cache * kv : { kv_hot, kv_cold.get() }) {
         for (auto & cells : kv->v_cells) {
             cells.reset_shift();
         }
@@ -1045,113 +1153,70 @@ bool llama_kv_cache_mixed::update(llama_context * lctx) {
 // llama_kv_cache_mixed_context
 //
 
-llama_kv_cache_mixed_context::llama_kv_cache_mixed_context(llama_memory_status status) : status(status) {}
+llama_kv_cache_mixed_context::llama_kv_cache_mixed_context(llama_memory_status status) : llama_kv_cache_context(status) {}
 
 llama_kv_cache_mixed_context::llama_kv_cache_mixed_context(
-        llama_kv_cache_mixed * kv) : status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv) {
-    const uint32_t n_stream = kv->get_hot()->get_n_stream();
-
-    // a dummy slot info that covers all streams - the cells are irrelevant, we just need to build the graph
-    sinfo.s0 = 0;
-    sinfo.s1 = n_stream - 1;
-    sinfo.idxs.assign(n_stream, { 0 });
-    for (uint32_t s = 0; s < n_stream; ++s) {
-        sinfo.strm.push_back(s);
-    }
-
-    ctx_hot = std::make_unique<llama_kv_cache_context>(kv->get_hot());
-    n_cold  = kv->get_cold()->get_size();
+        llama_kv_cache_mixed * kv) : llama_kv_cache_context(kv), kv_mixed(kv), n_cold(kv->get_cold()->get_size()) {
 }
 
 llama_kv_cache_mixed_context::llama_kv_cache_mixed_context(
         llama_kv_cache_mixed * kv,
         llama_context * lctx,
-        bool do_shift) : status(do_shift ? LLAMA_MEMORY_STATUS_SUCCESS : LLAMA_MEMORY_STATUS_NO_UPDATE), kv(kv), lctx(lctx) {
+        bool do_shift) : llama_kv_cache_context(kv, lctx, do_shift, {}), kv_mixed(kv) {
 }
 
 llama_kv_cache_mixed_context::llama_kv_cache_mixed_context(
         llama_kv_cache_mixed * kv,
-        std::vector<llama_ubatch> ubatches) : status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv), ubatches(std::move(ubatches)) {
+        slot_info_vec_t sinfos,
+        std::vector<llama_ubatch> ubatches) : llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches)), kv_mixed(kv) {
 }
 
 llama_kv_cache_mixed_context::~llama_kv_cache_mixed_context() = default;
-
-bool llama_kv_cache_mixed_context::next() {
-    assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
-
-    if (++i_cur >= ubatches.size()) {
-        return false;
-    }
-
-    return true;
-}
 
 bool llama_kv_cache_mixed_context::apply() {
     assert(!llama_memory_status_is_fail(status));
 
     // no ubatches -> this is a KV cache update
     if (ubatches.empty()) {
-        return kv->update(lctx);
+        // (where this is one of several caches, it may be another one that has something to do)
+        return !do_shift || kv_mixed->update(lctx);
     }
 
-    const auto & ubatch = ubatches[i_cur];
+    auto & sinfo = sinfos[i_cur];
 
-    sinfo = kv->find_slot(ubatch);
+    sinfo = kv_mixed->find_slot(ubatches[i_cur]);
     if (sinfo.empty()) {
         return false;
     }
 
-    ctx_hot = std::make_unique<llama_kv_cache_context>(kv->get_hot(), llama_kv_cache::slot_info_vec_t { sinfo }, std::vector<llama_ubatch> { ubatch });
-    ctx_hot->apply();
+    llama_kv_cache_context::apply();
 
-    kv->commit(sinfo);
+    kv_mixed->commit(sinfo);
 
-    n_cold = kv->get_n_cold(sinfo);
+    n_cold = kv_mixed->get_n_cold(sinfo);
 
     return true;
 }
 
-llama_memory_status llama_kv_cache_mixed_context::get_status() const {
-    return status;
-}
-
-const llama_ubatch & llama_kv_cache_mixed_context::get_ubatch() const {
-    assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
-
-    return ubatches[i_cur];
-}
-
 const llama_kv_cache_mixed * llama_kv_cache_mixed_context::get_kv() const {
-    return kv;
-}
-
-const llama_kv_cache * llama_kv_cache_mixed_context::get_cold() const {
-    return kv->get_cold();
-}
-
-const llama_kv_cache_context * llama_kv_cache_mixed_context::get_hot_ctx() const {
-    return ctx_hot.get();
+    return kv_mixed;
 }
 
 uint32_t llama_kv_cache_mixed_context::get_n_cold() const {
     return n_cold;
 }
 
-uint32_t llama_kv_cache_mixed_context::get_n_hot() const {
-    return ctx_hot->get_n_kv();
-}
-
 ggml_tensor * llama_kv_cache_mixed_context::get_k_cold(ggml_context * ctx, int32_t il) const {
-    return n_cold == 0 ? nullptr : kv->get_cold()->get_k(ctx, il, n_cold, sinfo);
+    return n_cold == 0 ? nullptr : kv_mixed->get_cold()->get_k(ctx, il, n_cold, sinfos[i_cur]);
 }
 
 ggml_tensor * llama_kv_cache_mixed_context::get_v_cold(ggml_context * ctx, int32_t il) const {
-    return n_cold == 0 ? nullptr : kv->get_cold()->get_v(ctx, il, n_cold, sinfo);
+    return n_cold == 0 ? nullptr : kv_mixed->get_cold()->get_v(ctx, il, n_cold, sinfos[i_cur]);
 }
 
 void llama_kv_cache_mixed_context::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const {
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
-    GGML_ASSERT(dst->ne[0] == (int64_t) n_cold + get_n_hot());
+    GGML_ASSERT(dst->ne[0] == (int64_t) n_cold + get_n_kv());
 
     const size_t  size_el = ggml_type_size(dst->type);
     const int64_t n_rows  = ggml_nrows(dst);
@@ -1180,9 +1245,22 @@ void llama_kv_cache_mixed_context::set_input_kq_mask(ggml_tensor * dst, const ll
     };
 
     if (n_cold > 0) {
-        fill(kv->get_cold(), n_cold);
+        fill(kv_mixed->get_cold(), n_cold);
     }
-    fill(kv->get_hot(), get_n_hot());
+    fill(kv_mixed->get_hot(), get_n_kv());
+}
+
+// where a mixed cache is found
+//
+
+llama_kv_cache_mixed * llama_kv_mixed_find(llama_memory_i * mem) {
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem)) {
+        mem = hybrid->get_mem_attn();
+    } else if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
+        mem = iswa->get_base();
+    }
+
+    return dynamic_cast<llama_kv_cache_mixed *>(mem);
 }
 
 //
@@ -1196,23 +1274,36 @@ static const char * unsupported_reason(const llama_model & model, const llama_me
     if (llm_arch_is_recurrent(model.arch)) {
         return "its memory is a recurrent state, not a KV cache";
     }
-    if (llm_arch_is_hybrid(model.arch)) {
-        return "it mixes attention with recurrent layers, which is not supported yet";
+
+    switch (model.arch) {
+        case LLM_ARCH_MINIMAX_M3:
+            return "its sparse attention (MSA) picks rows of one cache, which is not supported yet";
+        case LLM_ARCH_DEEPSEEK4:
+            return "its compressed attention (DSV4) keeps caches of its own, which is not supported yet";
+        case LLM_ARCH_DEEPSEEK32:
+        case LLM_ARCH_GLM_DSA:
+        case LLM_ARCH_GLM5_NEXT:
+        case LLM_ARCH_DOTS3NOTE:
+            return "its sparse attention (DSA) picks rows of one cache, which is not supported yet";
+        case LLM_ARCH_QWEN4EXP:
+            return "its sparse attention (QSA) picks rows of one cache, which is not supported yet";
+        case LLM_ARCH_DFLASH:
+        case LLM_ARCH_GEMMA4_ASSISTANT:
+            return "it is a draft model that lives on the cache of another one";
+        case LLM_ARCH_PLM:
+            return "its graph hands V over in a shape that only a transposed V cache takes";
+        default:
+            break;
     }
+
     if (hparams.is_mla()) {
         return "its multi-head latent attention (MLA) keeps no V rows, which is not supported yet";
-    }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return "it has sliding-window attention layers (iSWA), which is not supported yet";
     }
     if (hparams.n_rel_attn_bkts > 0) {
         return "its relative position buckets are computed for one cache only";
     }
     if (hparams.ple_n_heads > 0) {
         return "its n-gram embeddings look up earlier tokens in one cache only";
-    }
-    if (model.arch == LLM_ARCH_PLM) {
-        return "its graph hands V over in a shape that only a transposed V cache takes";
     }
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         return "a context of this type shares its cache with another one";
@@ -1235,6 +1326,11 @@ static std::optional<llama_kv_mixed_params> requested_or_fail() {
 }
 
 void llama_kv_mixed_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    // (other draft models have a context to draft for as well, and a cache of their own)
+    if (model.arch == LLM_ARCH_GEMMA4_ASSISTANT && llama_kv_mixed_find(params.mem_other)) {
+        fail(format("a %s model reads the rows of another context's cache, and that is a mixed one", llm_arch_name(model.arch)));
+    }
+
     if (!requested_or_fail()) {
         return;
     }
@@ -1248,19 +1344,45 @@ void llama_kv_mixed_check_model(const llama_model & model, const llama_memory_pa
     }
 }
 
-llama_memory_i * llama_kv_mixed_create(
-                      const llama_model & model,
-              const llama_memory_params & params,
-                    const llama_cparams & cparams,
-    const llama_memory_i::layer_filter_cb & filter) {
-    const auto mixed = requested_or_fail();
-    if (!mixed) {
-        return nullptr;
+llama_memory_i * llama_kv_mixed_check_memory(llama_memory_i * mem) {
+    if (requested_or_fail() && !llama_kv_mixed_find(mem)) {
+        const bool none = mem == nullptr;
+        delete mem;
+        fail(none ? "no mixed KV cache for a model without a KV cache" : "no mixed KV cache for this model: its cache is of a kind that is not supported yet");
     }
 
+    return mem;
+}
+
+llama_kv_cache * llama_kv_mixed_new_cache(
+                            const llama_model & model,
+                          const llama_hparams & hparams,
+                                    ggml_type   type_k,
+                                    ggml_type   type_v,
+                                         bool   v_trans,
+                                         bool   offload,
+                                         bool   unified,
+                                     uint32_t   kv_size,
+                                     uint32_t   n_seq_max,
+                                     uint32_t   n_pad,
+                                     uint32_t   n_swa,
+                               llama_swa_type   swa_type,
+                               llama_memory_t   mem_other,
+        const llama_memory_i::layer_filter_cb & filter,
+        const  llama_memory_i::layer_reuse_cb & reuse,
+        const  llama_memory_i::layer_share_cb & share) {
+    const auto params = requested_or_fail();
+    if (!params) {
+        return new llama_kv_cache(
+                model, hparams, type_k, type_v, v_trans, offload, unified, kv_size, n_seq_max, n_pad,
+                n_swa, swa_type, mem_other, filter, reuse, share);
+    }
+
+    GGML_ASSERT(swa_type == LLAMA_SWA_TYPE_NONE && !mem_other);
+
     try {
-        auto res = std::make_unique<llama_kv_cache_mixed>(model, params.type_k, params.type_v, *mixed,
-                cparams.offload_kqv, cparams.kv_unified, cparams.n_ctx_seq, cparams.n_seq_max, /*n_pad*/ 1, filter);
+        auto res = std::make_unique<llama_kv_cache_mixed>(
+                model, hparams, type_k, type_v, *params, offload, unified, kv_size, n_seq_max, n_pad, filter, reuse);
         llama_kv_mixed_check_attn(model, *res);
         return res.release();
     } catch (const std::exception & err) {
@@ -1268,12 +1390,58 @@ llama_memory_i * llama_kv_mixed_create(
     }
 }
 
-llama_memory_i * llama_kv_mixed_check_memory(llama_memory_i * mem) {
-    if (requested_or_fail() && !dynamic_cast<llama_kv_cache_mixed *>(mem)) {
-        const bool none = mem == nullptr;
-        delete mem;
-        fail(none ? "no mixed KV cache for a model without a KV cache" : "no mixed KV cache for this model: its cache is of a kind that is not supported yet");
+llama_kv_cache_context * llama_kv_mixed_new_context(
+                             llama_kv_cache * kv,
+            llama_kv_cache::slot_info_vec_t   sinfos,
+                  std::vector<llama_ubatch>   ubatches) {
+    if (auto * mixed = dynamic_cast<llama_kv_cache_mixed *>(kv)) {
+        return new llama_kv_cache_mixed_context(mixed, std::move(sinfos), std::move(ubatches));
     }
 
-    return mem;
+    return new llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches));
+}
+
+uint32_t llama_kv_mixed_n_ubatch(
+                       const llama_kv_cache & kv,
+                   const llama_batch_allocr & balloc,
+            const std::vector<llama_ubatch> & ubatches,
+                                   uint32_t   n_ubatch) {
+    const auto * mixed = dynamic_cast<const llama_kv_cache_mixed *>(&kv);
+
+    return mixed ? mixed->get_n_ubatch(balloc, ubatches, n_ubatch) : n_ubatch;
+}
+
+uint32_t llama_kv_mixed_n_ctx_seq(const llama_kv_cache & kv) {
+    const auto * mixed = dynamic_cast<const llama_kv_cache_mixed *>(&kv);
+
+    return mixed ? mixed->get_n_ctx_seq() : kv.get_size();
+}
+
+uint32_t llama_kv_mixed_n_cold(const llama_kv_cache_context * mctx) {
+    const auto * mixed = dynamic_cast<const llama_kv_cache_mixed_context *>(mctx);
+
+    return mixed ? mixed->get_n_cold() : 0;
+}
+
+void llama_kv_mixed_state_read(
+       const llama_kv_cache & kv_attn,
+             llama_memory_i & part,
+             llama_memory_i & rest,
+            llama_io_read_i & io,
+               llama_seq_id   seq_id,
+      llama_state_seq_flags   flags) {
+    try {
+        part.state_read(io, seq_id, flags);
+    } catch (...) {
+        if (dynamic_cast<const llama_kv_cache_mixed *>(&kv_attn)) {
+            for (llama_memory_i * mem : { &part, &rest }) {
+                if (seq_id == -1) {
+                    mem->clear(true);
+                } else {
+                    mem->seq_rm(seq_id, -1, -1);
+                }
+            }
+        }
+        throw;
+    }
 }

@@ -16,6 +16,8 @@
 
 // two instances of llama_kv_cache over the same layers: the newest tokens are in hot, older ones are quantised in cold
 //
+// - hot is the base class: wherever upstream has a llama_kv_cache for the attention layers of a model (alone, beside one
+//   for sliding windows, beside a recurrent state), this takes its place, and new rows are stored as they always were
 // - new tokens always go to hot; a migration moves the oldest of them to cold, data first, then metadata
 // - every (sequence, position) is in exactly one of the two
 // - within a sequence everything in cold is older than everything in hot, except the pinned sinks
@@ -23,16 +25,15 @@
 // when the cold type is rotated before it is quantised, hot holds rotated rows as well: both sides live in one space,
 // and a migration is a plain copy
 
-class llama_kv_cache_mixed : public llama_memory_i {
+class llama_kv_cache_mixed : public llama_kv_cache {
 public:
-    using slot_info = llama_kv_cache::slot_info;
-
     // type_k, type_v: the hot types
     // n_ctx_seq:      the tokens that one stream must be able to hold
     // n_pad:          the numbers of cells must be multiples of this
     // throws std::runtime_error with one sentence when the model or the parameters do not allow a mixed cache
     llama_kv_cache_mixed(
                   const llama_model & model,
+                const llama_hparams & hparams,
                           ggml_type   type_k,
                           ggml_type   type_v,
         const llama_kv_mixed_params & params,
@@ -41,7 +42,8 @@ public:
                            uint32_t   n_ctx_seq,
                            uint32_t   n_seq_max,
                            uint32_t   n_pad,
-              const layer_filter_cb & filter);
+              const layer_filter_cb & filter,
+               const layer_reuse_cb & reuse);
 
     ~llama_kv_cache_mixed() = default;
 
@@ -79,6 +81,16 @@ public:
     void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
 
     //
+    // llama_kv_cache
+    //
+
+    // plans the ubatches; the places are found when they are applied, after what has to move has moved
+    // returns as many empty slot infos, none when the ubatches do not fit
+    slot_info_vec_t prepare(const std::vector<llama_ubatch> & ubatches) override;
+
+    void state_clear(llama_seq_id seq_id) override;
+
+    //
     // llama_kv_cache_mixed specific API
     //
 
@@ -89,6 +101,13 @@ public:
     static ggml_tensor * get_v_storage(const llama_kv_cache & kv, int32_t il);
 
     const llama_kv_mixed_params & get_params() const;
+
+    // the tokens that one stream was asked to hold
+    uint32_t get_n_ctx_seq() const;
+
+    // the most tokens that the next ubatch of a batch may have, after the given ones; n_ubatch when nothing limits it, or
+    // when what is left of the batch does not fit anyway
+    uint32_t get_n_ubatch(const llama_batch_allocr & balloc, const std::vector<llama_ubatch> & ubatches, uint32_t n_ubatch) const;
 
     llama_kv_mixed_stats get_stats() const;
 
@@ -120,13 +139,43 @@ public:
     ggml_cgraph * build_graph_shift(llm_graph_result * res, llama_context * lctx) const;
 
 private:
-    const llama_model   & model;
-    const llama_hparams & hparams;
+    // what the constructor makes of the parameters it is given
+    struct setup {
+        llama_kv_mixed_params params;
+    };
+
+    static setup make_setup(
+                const llama_hparams & hparams,
+                          ggml_type   type_k,
+                          ggml_type   type_v,
+        const llama_kv_mixed_params & params,
+                           uint32_t   n_ctx_seq,
+                           uint32_t   n_seq_stream,
+                           uint32_t   n_pad,
+              const layer_filter_cb & filter);
+
+    llama_kv_cache_mixed(
+                  const llama_model & model,
+                const llama_hparams & hparams,
+                          ggml_type   type_k,
+                          ggml_type   type_v,
+                        const setup & su,
+                               bool   offload,
+                               bool   unified,
+                           uint32_t   n_ctx_seq,
+                           uint32_t   n_seq_max,
+                           uint32_t   n_pad,
+              const layer_filter_cb & filter,
+               const layer_reuse_cb & reuse);
 
     const llama_kv_mixed_params params;
     const llama_kv_mixed_policy policy;
 
-    std::unique_ptr<llama_kv_cache> kv_hot;
+    const uint32_t n_ctx_seq;
+
+    // the base class (whose virtual functions lead back here: call them as llama_kv_cache::f())
+    llama_kv_cache * const kv_hot = this;
+
     std::unique_ptr<llama_kv_cache> kv_cold;
 
     std::unique_ptr<llama_kv_mixed_mover> mover;
@@ -141,13 +190,20 @@ private:
     uint64_t n_refused      = 0;
     uint64_t t_migrate_us   = 0;
 
+    // a batch that is tried with several splits is refused once
+    bool is_refused = false;
+
+    // hot's part of state_read() clears through the virtual functions, which is no event of its own
+    bool is_reading = false;
+
     // the context of the last update: its threads compute migrations, and its queued work is waited for
     // null when the cache is driven without one
     llama_context * lctx = nullptr;
 
-    uint32_t get_stream(llama_seq_id seq_id) const;
-
     llama_kv_mixed_plan get_plan(uint32_t strm) const;
+
+    // the plans of all streams
+    std::vector<llama_kv_mixed_plan> get_plans() const;
 
     // the ubatch's share in each of its streams
     struct share {
@@ -179,7 +235,7 @@ private:
         std::vector<llama_kv_mixed_layer_error> & layers) const;
 };
 
-class llama_kv_cache_mixed_context : public llama_memory_context_i {
+class llama_kv_cache_mixed_context : public llama_kv_cache_context {
 public:
     // used for errors
     llama_kv_cache_mixed_context(llama_memory_status status);
@@ -197,6 +253,7 @@ public:
     // used to create a batch processing context from a batch
     llama_kv_cache_mixed_context(
             llama_kv_cache_mixed * kv,
+            slot_info_vec_t sinfos,
             std::vector<llama_ubatch> ubatches);
 
     virtual ~llama_kv_cache_mixed_context();
@@ -205,11 +262,14 @@ public:
     // llama_memory_context_i
     //
 
-    bool next()  override;
     bool apply() override;
 
-    llama_memory_status  get_status() const override;
-    const llama_ubatch & get_ubatch() const override;
+    //
+    // llama_kv_cache_context: the hot rows, and a mask over [cold | hot]
+    //
+
+    // dst [n_cold + n_kv, n_tokens/n_stream, 1, n_stream]
+    void set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const override;
 
     //
     // llama_kv_cache_mixed_context specific API
@@ -217,50 +277,22 @@ public:
 
     const llama_kv_cache_mixed * get_kv() const;
 
-    const llama_kv_cache       * get_cold()     const;
-    const llama_kv_cache_context * get_hot_ctx() const;
-
-    // cells in view: cold, then hot
+    // cold cells in view
     uint32_t get_n_cold() const;
-    uint32_t get_n_hot()  const;
 
     // views of the cold rows in use, null when there are none
     ggml_tensor * get_k_cold(ggml_context * ctx, int32_t il) const;
     ggml_tensor * get_v_cold(ggml_context * ctx, int32_t il) const;
 
-    // the mask over [cold | hot]: dst [n_cold + n_hot, n_tokens/n_stream, 1, n_stream]
-    void set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const;
-
 private:
-    llama_memory_status status;
+    llama_kv_cache_mixed * const kv_mixed = nullptr;
 
-    llama_kv_cache_mixed * kv = nullptr;
-
-    //
-    // update context
-    //
-
-    llama_context * lctx = nullptr;
-
-    //
-    // batch processing context
-    //
-
-    // the index of the cur ubatch to process
-    size_t i_cur = 0;
-
-    std::vector<llama_ubatch> ubatches;
-
-    //
-    // data needed for building the compute graph for the current ubatch:
-    //
-
-    llama_kv_cache::slot_info sinfo;
-
-    std::unique_ptr<llama_kv_cache_context> ctx_hot;
-
+    // for the current ubatch
     uint32_t n_cold = 0;
 };
+
+// the mixed cache that a memory is or has within, null: none
+llama_kv_cache_mixed * llama_kv_mixed_find(llama_memory_i * mem);
 
 //
 // call sites in upstream's code
@@ -269,12 +301,53 @@ private:
 // throws when a mixed cache is requested for a model whose memory can not be one
 void llama_kv_mixed_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
 
-// the mixed cache in place of a plain one, null when it is not requested
-llama_memory_i * llama_kv_mixed_create(
-                      const llama_model & model,
-              const llama_memory_params & params,
-                    const llama_cparams & cparams,
-    const llama_memory_i::layer_filter_cb & filter);
-
-// passes on what create_memory() made; throws when a mixed cache was requested and this is none
+// passes on what create_memory() made; throws when a mixed cache was requested and there is none in it
 llama_memory_i * llama_kv_mixed_check_memory(llama_memory_i * mem);
+
+// new llama_kv_cache(), a mixed one when that is requested
+llama_kv_cache * llama_kv_mixed_new_cache(
+                            const llama_model & model,
+                          const llama_hparams & hparams,
+                                    ggml_type   type_k,
+                                    ggml_type   type_v,
+                                         bool   v_trans,
+                                         bool   offload,
+                                         bool   unified,
+                                     uint32_t   kv_size,
+                                     uint32_t   n_seq_max,
+                                     uint32_t   n_pad,
+                                     uint32_t   n_swa,
+                               llama_swa_type   swa_type,
+                               llama_memory_t   mem_other,
+        const llama_memory_i::layer_filter_cb & filter,
+        const  llama_memory_i::layer_reuse_cb & reuse,
+        const  llama_memory_i::layer_share_cb & share);
+
+// new llama_kv_cache_context() of a batch, of the cache's own kind
+llama_kv_cache_context * llama_kv_mixed_new_context(
+                             llama_kv_cache * kv,
+            llama_kv_cache::slot_info_vec_t   sinfos,
+                  std::vector<llama_ubatch>   ubatches);
+
+// the most tokens that the next ubatch may have, see llama_kv_cache_mixed::get_n_ubatch(); n_ubatch for other caches
+uint32_t llama_kv_mixed_n_ubatch(
+                       const llama_kv_cache & kv,
+                   const llama_batch_allocr & balloc,
+            const std::vector<llama_ubatch> & ubatches,
+                                   uint32_t   n_ubatch);
+
+// the tokens that a stream holds: all cells of another cache
+uint32_t llama_kv_mixed_n_ctx_seq(const llama_kv_cache & kv);
+
+// cold cells in view, 0 for other caches
+uint32_t llama_kv_mixed_n_cold(const llama_kv_cache_context * mctx);
+
+// reads the state of one part of a memory, another part being the rest of it
+// when that fails, and the attention is mixed, both are left empty: half a state is none
+void llama_kv_mixed_state_read(
+       const llama_kv_cache & kv_attn,
+             llama_memory_i & part,
+             llama_memory_i & rest,
+            llama_io_read_i & io,
+               llama_seq_id   seq_id,
+      llama_state_seq_flags   flags);

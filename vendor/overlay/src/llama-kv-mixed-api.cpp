@@ -8,17 +8,22 @@
 #include <stdexcept>
 #include <string>
 
-// null when the memory is not a mixed cache
-static llama_kv_cache_mixed * get_mixed(llama_memory_t mem) {
-    return dynamic_cast<llama_kv_cache_mixed *>(mem);
-}
-
 // fills a caller's struct as far as the caller knows it
 template <typename T>
 static void copy_out(const T & src, T * dst) {
     const size_t size = std::min(dst->struct_size, sizeof(T));
     memcpy(dst, &src, size);
     dst->struct_size = size;
+}
+
+static uint64_t get_bytes(const llama_memory_i & mem) {
+    uint64_t res = 0;
+
+    for (const auto & [buft, size] : mem.memory_breakdown()) {
+        res += size;
+    }
+
+    return res;
 }
 
 LLAMA_API llama_kv_mixed_params llama_kv_mixed_default_params(void) {
@@ -91,7 +96,7 @@ LLAMA_API const char * llama_kv_mixed_last_error(void) {
 }
 
 LLAMA_API int32_t llama_kv_mixed_get_params(llama_memory_t mem, llama_kv_mixed_params * params) {
-    const auto * kv = get_mixed(mem);
+    const auto * kv = llama_kv_mixed_find(mem);
     if (!kv) {
         return -1;
     }
@@ -104,18 +109,22 @@ LLAMA_API int32_t llama_kv_mixed_get_params(llama_memory_t mem, llama_kv_mixed_p
 }
 
 LLAMA_API int32_t llama_kv_mixed_get_stats(llama_memory_t mem, llama_kv_mixed_stats * stats) {
-    const auto * kv = get_mixed(mem);
+    const auto * kv = llama_kv_mixed_find(mem);
     if (!kv) {
         return -1;
     }
 
-    copy_out(kv->get_stats(), stats);
+    auto res = kv->get_stats();
+
+    res.bytes_rest = get_bytes(*mem) - get_bytes(*kv);
+
+    copy_out(res, stats);
 
     return 0;
 }
 
 LLAMA_API int32_t llama_kv_mixed_trace_start(llama_memory_t mem, uint32_t n_max, uint32_t flags) {
-    auto * kv = get_mixed(mem);
+    auto * kv = llama_kv_mixed_find(mem);
     if (!kv) {
         return -1;
     }
@@ -126,13 +135,13 @@ LLAMA_API int32_t llama_kv_mixed_trace_start(llama_memory_t mem, uint32_t n_max,
 }
 
 LLAMA_API uint32_t llama_kv_mixed_trace_read(llama_memory_t mem, llama_kv_mixed_event * events, uint32_t n_max, uint64_t * n_dropped) {
-    auto * kv = get_mixed(mem);
+    auto * kv = llama_kv_mixed_find(mem);
 
     return kv ? kv->get_trace().read(events, n_max, n_dropped) : 0;
 }
 
 LLAMA_API uint32_t llama_kv_mixed_trace_read_layers(llama_memory_t mem, llama_kv_mixed_layer_error * errors, uint32_t n_max) {
-    auto * kv = get_mixed(mem);
+    auto * kv = llama_kv_mixed_find(mem);
 
     return kv ? kv->get_trace().read(errors, n_max) : 0;
 }

@@ -34,8 +34,9 @@ struct llama_kv_mixed_cache {
     llama_kv_cache::slot_info sinfo;
     llama_ubatch              ubatch;
 
+    // in a context there may be more to it than the cache
     llama_memory_i & mem() const {
-        return mixed ? (llama_memory_i &) *mixed : *hot;
+        return ctx ? *llama_get_memory(ctx) : (llama_memory_i &) *hot;
     }
 
     const llama_kv_cache & tier(int32_t id) const {
@@ -141,8 +142,8 @@ LLAMA_API llama_kv_mixed_cache * llama_kv_mixed_cache_init(const llama_kv_mixed_
 
             const uint32_t n_ctx = shape->n_ctx > 0 ? shape->n_ctx : params->n_hot + params->n_cold;
 
-            auto kv = std::make_unique<llama_kv_cache_mixed>(*res->model, type_k, type_v, *params,
-                    /*offload*/ false, shape->unified != 0, n_ctx, shape->n_seq_max, n_pad, nullptr);
+            auto kv = std::make_unique<llama_kv_cache_mixed>(*res->model, *res->hparams, type_k, type_v, *params,
+                    /*offload*/ false, shape->unified != 0, n_ctx, shape->n_seq_max, n_pad, nullptr, nullptr);
 
             res->mixed = kv.get();
             res->hot   = kv->get_hot();
@@ -169,7 +170,7 @@ LLAMA_API llama_kv_mixed_cache * llama_kv_mixed_cache_init(const llama_kv_mixed_
 
 LLAMA_API llama_kv_mixed_cache * llama_kv_mixed_cache_from_context(llama_context * ctx) {
     return guarded<llama_kv_mixed_cache *>(nullptr, [&] {
-        auto * mixed = ctx ? dynamic_cast<llama_kv_cache_mixed *>(llama_get_memory(ctx)) : nullptr;
+        auto * mixed = ctx ? llama_kv_mixed_find(llama_get_memory(ctx)) : nullptr;
         check(mixed, "the context has no mixed KV cache");
 
         auto res = std::make_unique<llama_kv_mixed_cache>();
@@ -396,6 +397,8 @@ LLAMA_API int32_t llama_kv_mixed_cache_find_slot(llama_kv_mixed_cache * cache, l
         check(index < sbatch->ubatches.size(), "there is no such ubatch");
 
         const auto & ubatch = sbatch->ubatches[index];
+
+        check(&cache->mem() == cache->hot, "the cache is one part of its context's memory, tokens can not be added to it alone");
 
         for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
             check(llama_kv_mixed_cache_get_stream(cache, ubatch.seq_id_unq[s]) >= 0, "the cache has no such sequence");

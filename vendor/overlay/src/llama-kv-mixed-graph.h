@@ -9,48 +9,42 @@
 // the mixed KV cache in the compute graph
 //
 
-// new rows are stored in hot exactly as in a plain cache, so this is the plain input over the hot cache
-// with a mask over [cold | hot]
-class llm_graph_input_attn_kv_mixed : public llm_graph_input_attn_kv {
+// new rows are stored in hot as in any cache, and the mask covers [cold | hot]: see llama_kv_cache_mixed_context
+// what is left is attention over both, wherever build_attn() meets the context of a mixed cache
+
+// holds what the fused attention of one layer needs for as long as its graph lives
+class llm_graph_input_kv_mixed_fused : public llm_graph_input_i {
 public:
-    llm_graph_input_attn_kv_mixed(
-            const llama_hparams & hparams,
-            const llama_cparams & cparams,
-            const llama_kv_cache_mixed_context * mctx);
-    ~llm_graph_input_attn_kv_mixed() = default;
+    virtual ~llm_graph_input_kv_mixed_fused() = default;
 
     void set_input(const llama_ubatch * ubatch) override;
 
     bool can_reuse(const llm_graph_params & params) override;
 
-    const llama_kv_cache_mixed_context * mctx_mixed;
-
-    // cold cells that the graph was built for
-    uint32_t n_cold;
-
-    // inputs reach the functions that build the graph as constants
-    mutable llama_kv_mixed_fused fused;
+    llama_kv_mixed_fused fused;
 };
+
+// throws when the cache's attention is to be fused and can not be
+void llama_kv_mixed_check_attn(const llama_model & model, const llama_kv_cache_mixed & kv);
 
 //
 // call sites in upstream's code
 //
 
-// the input of a mixed cache, null when the memory is another
-llm_graph_input_attn_kv * llm_build_attn_inp_kv_mixed(const llm_graph_context & gctx);
+// throws when the context is that of a mixed cache, for inputs that know K alone
+void llm_refuse_mixed(const llama_kv_cache_context * mctx);
 
-// throws when the cache's attention is to be fused and can not be
-void llama_kv_mixed_check_attn(const llama_model & model, const llama_kv_cache_mixed & kv);
-
-// attention over cold and hot; over k and v alone when inp is not that of a mixed cache
-// q, k, v as for llm_graph_context::build_attn_mha(), k and v being the views of the hot rows
+// llm_graph_context::build_attn_mha(), over cold and hot where mctx is the context of a mixed cache
+// k and v are the views of its hot rows
 ggml_tensor * llm_build_attn_mixed(
-        const llm_graph_context & gctx,
-        const llm_graph_input_attn_kv * inp,
-        ggml_tensor * q,
-        ggml_tensor * k,
-        ggml_tensor * v,
-        ggml_tensor * kq_b,
-        ggml_tensor * sinks,
-              float   kq_scale,
-                int   il);
+              const llm_graph_context & gctx,
+         const llama_kv_cache_context * mctx,
+                          ggml_tensor * q,
+                          ggml_tensor * k,
+                          ggml_tensor * v,
+                          ggml_tensor * kq_b,
+                          ggml_tensor * kq_mask,
+                          ggml_tensor * sinks,
+                          ggml_tensor * v_mla,
+                                float   kq_scale,
+                                  int   il);

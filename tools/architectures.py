@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""What a mixed KV cache does with every architecture: upstream's toy models of all of them, one after the other.
+
+    cmake --build --preset cpu --target test-llama-archs
+    python tools/architectures.py > docs/architectures.md
+
+Upstream's test program writes the models (a few MB each, random F32 weights). Every one is decoded with a plain F32
+cache, and with a mixed one whose cold type is F32 too, so that the logits must be the same: hot is so small that nearly
+all is cold, the prompt straddles the border several times, and sliding windows are left behind. See check() for how
+close they must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TOOL = Path(__file__).parent.parent / "build" / "cpu" / "bin" / "test-llama-archs"
+
+N_PROMPT, N_TOKENS = 330, 400
+N_LEARNED = 250  # positions of models that learn them one by one: the toys have 256
+
+# As in tests/test_identity.py: how far the order of sums may set two exact runs apart is measured with a plain cache
+# against itself with its cells in another order, and the mixed one may be MARGIN times as far off. Toys are small enough
+# for that to be 0; then it is what F32 sums allow: 4e-4 for logits of standard deviation 3, and in proportion.
+MARGIN = 6.0
+EXACT_NOISE_MAX = 4e-4 / 3
+
+MIXED = {"hot": 32, "group": 8, "sink": 2, "cold": "f32"}
+
+PAGE = """# Architectures
+
+What a mixed KV cache (`LLAMA_KV_MIXED`) does with upstream's toy model of every architecture. This page is written by
+
+```sh
+cmake --build --preset cpu --target test-llama-archs
+python tools/architectures.py > docs/architectures.md
+```
+
+*mixed*: hot and cold for all layers that attend to the whole context. With cold rows stored as exactly as hot ones the
+logits are those of a plain cache: 400 tokens, of which 32 are hot, prompt and single tokens, both ways to compute
+attention, within what the order of floating point sums allows. *rest*: what stays as it is, a small cache for layers with
+a sliding window (in the context's own type), the state of recurrent layers. *refused*: the context is not created, and
+the reason is what it says.
+
+No toys are made of some architectures: Gemma 3n, T5 (refused for its relative position buckets) and Gemma 4, of which
+`tests/tiny_model.py` writes one. The way in is the same for all: where upstream makes a plain cache for layers that attend
+to the whole context, the mixed one takes its place; any other memory is refused.
+
+| architecture | KV cache | layers mixed | rest | largest difference / allowed |
+|---|---|---|---|---|
+"""
+
+
+def make_toys(tool: Path, folder: Path, pattern: str = "") -> list[Path]:
+    """Write toy models of the architectures that match a regular expression."""
+    command = [str(tool), "-o", str(folder)] + (["-a", pattern] if pattern else [])
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return sorted(folder.glob("*.gguf"))
+
+
+def check(path: Path) -> dict[str, Any]:
+    """Run one model plain and mixed.
+
+    Returns its ``arch`` and ``status``: "mixed", "refused" (with the ``reason``) or "differs". For mixed ones also
+    ``n_layer`` of those that are mixed, of ``n_layer_all``, whether there is a ``rest``, and the largest ``difference`` of
+    logits with the ``bound`` on it.
+    """
+    from llamamix import Context, KVMixedParams, LlamamixError, Model
+
+    with Model(path) as model:
+        res: dict[str, Any] = {"arch": path.stem, "n_layer_all": model.n_layer, "n_swa": model.n_swa}
+        res["is_hybrid"] = model.is_hybrid
+        learned = "position_embd.weight" in path.read_bytes()[:200_000].decode("latin-1")
+        n_prompt, n_tokens = (N_LEARNED - 70, N_LEARNED) if learned else (N_PROMPT, N_TOKENS)
+        tokens = np.random.default_rng(0).integers(3, model.n_vocab, n_tokens)
+
+        try:
+            with Context(model, n_ctx=512, n_ubatch=64, n_threads=1, kv_mixed=KVMixedParams(**MIXED)):
+                pass
+        except LlamamixError as error:
+            return res | {"status": "refused", "reason": str(error).removeprefix("The context can not be created: ")}
+
+        def run(kv_mixed: Any, shuffle: int = 0) -> tuple[np.ndarray, Any]:
+            params: dict[str, Any] = {"type_k": "f32", "type_v": "f32", "flash_attn": "off", "swa_full": False}
+            # (upstream's small cache of sliding windows can lose rows when another sequence comes and goes)
+            params |= {"n_seq_max": 2, "kv_unified": True, "swa_full": True} if shuffle else {}
+            with Context(model, n_ctx=512, n_ubatch=64, n_threads=1, kv_mixed=kv_mixed, **params) as context:
+                rows = []
+
+                def decode(start: int, end: int) -> None:
+                    context.decode(tokens[start:end], logits="all")
+                    rows.append(context.logits)
+
+                if shuffle:  # free cells in the midst of others, which later tokens take
+                    decode(0, 50)
+                    context.decode(tokens[:shuffle], seq_id=1)
+                    decode(50, 100)
+                    context.memory.seq_rm(1)
+                decode(100 if shuffle else 0, n_prompt)
+                for i in range(n_prompt, n_tokens):
+                    decode(i, i + 1)
+                return np.concatenate(rows), context.stats
+
+        expected, _ = run(False)
+        noise = max(float(np.abs(run(False, shuffle=n)[0] - expected).max()) for n in (17, 30, 41))
+        bound = max(MARGIN * noise, EXACT_NOISE_MAX * float(expected.std()))
+        difference = 0.0
+        for attn in ("compose", "fused"):
+            actual, stats = run(KVMixedParams(attn=attn, **MIXED))
+            assert stats.n_migrations > 20 and stats.hot_used + stats.cold_used == n_tokens
+            difference = max(difference, float(np.abs(actual - expected).max()))
+        return res | {
+            "status": "mixed" if difference <= bound else "differs",
+            "n_layer": stats.n_layer,
+            "rest": stats.bytes_rest > 0,
+            "difference": difference,
+            "bound": bound,
+        }
+
+
+def check_apart(path: Path) -> dict[str, Any]:
+    """check() in a process of its own: libllama aborts the process for some mistakes."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, __file__, "--one", str(path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode != 0:
+        last = (result.stderr.strip().splitlines() or ["no reason"])[-1]
+        return {"arch": path.stem, "status": "fails", "reason": last}
+    return json.loads(result.stdout)
+
+
+def _rest(row: dict[str, Any]) -> str:
+    parts = ["sliding windows"] if row["n_swa"] else []
+    parts += ["recurrent state"] if row["is_hybrid"] else []
+    return ", ".join(parts) if row["rest"] else ""
+
+
+def line(row: dict[str, Any]) -> str:
+    if row["status"] == "mixed":
+        cells = ["mixed", f"{row['n_layer']} of {row['n_layer_all']}", _rest(row)]
+        cells.append(f"{row['difference']:.1e} / {row['bound']:.1e}")
+    else:
+        reason = row.get("reason", "").rstrip(".").split(" model: ")[-1]  # without the architecture's name
+        cells = [f"{row['status']}: {reason}".rstrip(": "), "", "", ""]
+    return f"| {' | '.join([row['arch'], *cells])} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tool", type=Path, default=TOOL, help="upstream's test-llama-archs (default: %(default)s)")
+    parser.add_argument("--toys", type=Path, help="a folder of models that it has written")
+    parser.add_argument("-a", "--arch", default="", help="only those that match this regular expression")
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    logging.getLogger("llamamix").setLevel(logging.CRITICAL)
+
+    if args.one:
+        print(json.dumps(check(args.one)))
+        return 0
+
+    with tempfile.TemporaryDirectory() as folder:
+        toys = sorted(args.toys.glob("*.gguf")) if args.toys else make_toys(args.tool, Path(folder), args.arch)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            rows = list(pool.map(check_apart, toys))
+    print(PAGE + "\n".join(line(row) for row in rows))
+    return 0 if all(row["status"] in ("mixed", "refused") for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
