@@ -176,6 +176,7 @@ def test_flags_reach_the_context(capsys: pytest.CaptureFixture, tiny_model_path:
         "type_v": "f32",
         "flash_attn": "off",
         "kv_mixed": "off",
+        "swa_full": False,
     }
 
 

@@ -7,6 +7,7 @@ cache, as in test_identity.py, which says how close they must be and why.
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -20,6 +21,7 @@ from tiny_model import write_tiny_model
 
 from llamamix import Context, ContextError, ContextFullError, DecodeAborted, KVMixedParams, MixedKVCache, Model
 from llamamix._ffi import ffi, lib
+from llamamix.cli import main
 
 N_PROMPT, N_TOKENS = 1000, 1100
 N_CTX = 1280
@@ -52,14 +54,13 @@ def write_hybrid(path: Path) -> Path:
     return write_tiny_model(path, arch="lfm2", n_layer=4, n_head=4, head_size=32, n_embd=128)
 
 
+WRITE = {"iswa": write_iswa, "shared": write_shared, "hybrid": write_hybrid}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model]]:
     folder = tmp_path_factory.mktemp("models")
-    loaded = {
-        "iswa": Model(write_iswa(folder / "iswa.gguf")),
-        "shared": Model(write_shared(folder / "shared.gguf")),
-        "hybrid": Model(write_hybrid(folder / "hybrid.gguf")),
-    }
+    loaded = {family: Model(write(folder / f"{family}.gguf")) for family, write in WRITE.items()}
     yield loaded
     for model in loaded.values():
         model.close()
@@ -392,6 +393,21 @@ def test_bytes(family: str, make: Callable) -> None:
     assert stats.bytes_rest == {"iswa": 3 * swa, "shared": 2 * swa, "hybrid": 2 * 2 * 128 * 4}[family]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_info(family: str, models: dict[str, Model], make: Callable, capsys: pytest.CaptureFixture) -> None:
+    """What 'llamamix info' says a cache takes, without the weights, is what it takes."""
+    spec = "hot=256,cold=q8_0"
+    assert main(["info", str(models[family].path), "-c", "2048", "-o", "json", "--kv-mixed", spec]) == 0
+    records = json.loads(capsys.readouterr().out)
+    params = {"type_k": "f16", "type_v": "f16", "flash_attn": "on", "n_ctx": 2048, "n_ubatch": 512}
+    stats = make(family, spec, **params).stats
+    rest = 0 if family == "hybrid" else stats.bytes_rest  # recurrent states are no KV cache
+    assert records[0]["bytes_per_token"] * 2048 == stats.bytes_plain
+    assert records[0]["bytes"] == stats.bytes_plain + rest
+    assert records[-1]["bytes"] == stats.bytes_total + rest
+    assert (rest > 0) == (family != "hybrid")
+
+
 def test_the_cache_of_a_context(make: Callable) -> None:
     context = make("iswa")
     context.decode(TOKENS[:300])
@@ -448,7 +464,7 @@ def test_gemma3(gemma3: Model, botchan_path: Path) -> None:
     noise = float(np.abs(other - plain).max())
     _, exact, stats = run(KVMixedParams(hot=256, cold="f16", attn="compose"), expected)
     difference = float(np.abs(exact - plain).max())
-    assert stats.n_layer == 3 and stats.n_migrations > 20 and stats.hot_used + stats.cold_used == n_prompt + n_new
+    assert stats.n_layer == 3 and stats.n_migrations > 10 and stats.hot_used + stats.cold_used == n_prompt + n_new
     assert 0 < noise < 2.0 and difference <= 2.5 * noise
     # the most likely token is another one only where two are as good as equally likely
     top2 = np.sort(plain, axis=1)[:, -2:]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as Type
 from reference import environment, library_dir
+from test_families import WRITE
 from tiny_model import write_tiny_model
 
 import llamamix
@@ -125,6 +126,15 @@ def test_byte_for_byte(case: str, tiny_model_path: Path) -> None:
 @needs_upstream
 def test_quantised_weights(quantised_model: Path) -> None:
     assert digests(library_dir(), quantised_model, {}) == digests(UPSTREAM, quantised_model, {})
+
+
+@needs_upstream
+@pytest.mark.parametrize("swa_full", [False, True])
+@pytest.mark.parametrize("family", WRITE)
+def test_families(family: str, swa_full: bool, tmp_path: Path) -> None:
+    model = WRITE[family](tmp_path / "model.gguf")
+    params = {"swa_full": swa_full}
+    assert digests(library_dir(), model, params) == digests(UPSTREAM, model, params)
 
 
 def test_off_by_name(tiny_model_path: Path) -> None:

@@ -26,7 +26,7 @@ class DepthCache:
         self.configuration = configuration
         self._model = model
         self._tokens = tokens
-        self._params = configuration.context_params() | params
+        self._params = {"swa_full": False} | configuration.context_params() | params
         self._context: Context | None = None
         self._state: bytes | None = None
         self._known: set[BenchTest] = set()

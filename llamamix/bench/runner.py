@@ -173,7 +173,7 @@ class Runner:
     def _kv_bytes(self, configuration: Configuration, n_ctx: int) -> int:
         if configuration.kv_mixed is not None:
             return kv_bytes(self._shape, n_ctx, KVMixedParams.parse(configuration.kv_mixed))
-        return n_ctx * self._shape.kv_bytes_per_token(configuration.type_k, configuration.type_v)
+        return self._shape.kv_bytes(n_ctx, configuration.type_k, configuration.type_v)
 
     #
     # tests
@@ -232,10 +232,14 @@ class Runner:
 
     def _describe(self, context: Context, configuration: Configuration) -> dict[str, Any]:
         stats, kv_mixed = context.stats, context.kv_mixed
+        if stats is None:
+            n_bytes = self._kv_bytes(configuration, context.n_ctx)
+        else:
+            n_bytes = stats.bytes_total + self._shape.swa_bytes(context.n_ctx, stats.type_hot_k, stats.type_hot_v)
         return {
             "n_threads": context.n_threads,
             "kv_mixed": kv_mixed.spec() if kv_mixed is not None else None,
-            "kv_bytes": stats.bytes_total if stats is not None else self._kv_bytes(configuration, context.n_ctx),
+            "kv_bytes": n_bytes,
             "n_ctx": context.n_ctx,
         }
 

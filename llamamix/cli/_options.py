@@ -87,6 +87,7 @@ def context_params(args: argparse.Namespace) -> dict[str, Any]:
         "type_k": args.cache_type_k,
         "type_v": args.cache_type_v,
         "kv_mixed": args.kv_mixed,
+        "swa_full": False,  # as llama.cpp's programs have it: text is only added
     }
     ContextParams(**params)
     return params

@@ -38,6 +38,8 @@ def summary(n_prompt: int, n_generated: int, perf: PerfData, stats: CacheStats |
     table.add_row("KV cache", f"{stats.bytes_total / _MIB:.1f} MiB")
     table.add_row(f"all of it in {_types(stats.type_hot_k, stats.type_hot_v)}", f"{stats.bytes_plain / _MIB:.1f} MiB")
     table.add_row("ratio", f"{stats.ratio:.3f}")
+    if stats.bytes_rest > 0:
+        table.add_row("sliding windows, recurrent states", f"{stats.bytes_rest / _MIB:.1f} MiB")
     return table
 
 

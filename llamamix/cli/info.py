@@ -11,7 +11,10 @@ from ._output import FORMS, render
 
 def register(commands: Any) -> None:
     parser = add_command(
-        commands, "info", "Show a model's shape and the bytes of its KV cache by type. No weights are loaded."
+        commands,
+        "info",
+        "Show a model's shape and the bytes of its KV cache by type. No weights are loaded. Layers with a sliding "
+        "window have a small cache of their own, which is part of the bytes and not of those per token.",
     )
     parser.set_defaults(run=_run)
     parser.add_argument("model", metavar="MODEL", help="a GGUF file, or a name that 'pull' knows")
@@ -30,7 +33,7 @@ def _run(args: argparse.Namespace) -> None:
     n_ctx = shape.n_ctx_padded(args.ctx_size)
 
     plain = {
-        name: (shape.kv_bytes_per_token(name), shape.kv_bytes_per_token(name) * n_ctx)
+        name: (shape.kv_bytes_per_token(name), shape.kv_bytes(n_ctx, name))
         for name in ("f16", "q8_0", "q4_0")
     }
     sizes = dict(plain)

@@ -78,6 +78,20 @@ const char * llama_kv_mixed_last_error(void);
 int32_t llama_kv_mixed_get_params(llama_memory_t mem, struct llama_kv_mixed_params * params);
 int32_t llama_kv_mixed_get_stats (llama_memory_t mem, struct llama_kv_mixed_stats * stats);
 
+// What one layer of a model keeps of a token. Set struct_size before the call.
+struct llama_kv_mixed_layer {
+    size_t struct_size;
+
+    uint32_t n_head_kv;     // 0: nothing, it is recurrent or uses the rows of another layer
+    uint32_t n_embd_head_k;
+    uint32_t n_embd_head_v; // 0: V is part of K
+
+    int32_t is_swa;         // only of the tokens in its sliding window
+};
+
+// Returns 0; or -1 when the model has no such layer.
+int32_t llama_kv_mixed_get_layer(const struct llama_model * model, uint32_t il, struct llama_kv_mixed_layer * layer);
+
 // sizeof of a struct that crosses this interface by value, by its name ("llama_batch"); 0 when the name is unknown.
 // Lets bindings compare their layout with the library's.
 size_t llama_kv_mixed_sizeof(const char * name);

@@ -2,6 +2,7 @@
 #include "llama-kv-mixed-params.h"
 
 #include "llama-impl.h"
+#include "llama-model.h"
 
 #include <algorithm>
 #include <cstring>
@@ -146,6 +147,38 @@ LLAMA_API uint32_t llama_kv_mixed_trace_read_layers(llama_memory_t mem, llama_kv
     return kv ? kv->get_trace().read(errors, n_max) : 0;
 }
 
+LLAMA_API int32_t llama_kv_mixed_get_layer(const llama_model * model, uint32_t il, llama_kv_mixed_layer * layer) {
+    const auto & hparams = model->hparams;
+
+    if (il >= hparams.n_layer_all) {
+        return -1;
+    }
+
+    llama_kv_mixed_layer res = {};
+
+    res.struct_size = sizeof(res);
+
+    // as in create_memory()
+    bool is_attn = hparams.has_kv(il) && !hparams.is_recr(il);
+    if (model->arch == LLM_ARCH_FALCON_H1) {
+        is_attn = true; // next to the recurrent state
+    }
+    if (model->arch == LLM_ARCH_NEMOTRON_H || model->arch == LLM_ARCH_NEMOTRON_H_MOE) {
+        is_attn = is_attn && hparams.n_ff(il) == 0;
+    }
+
+    if (is_attn) {
+        res.n_head_kv     = hparams.n_head_kv(il);
+        res.n_embd_head_k = hparams.n_embd_head_k(il);
+        res.n_embd_head_v = hparams.is_mla() ? 0 : hparams.n_embd_head_v(il);
+        res.is_swa        = hparams.is_swa(il);
+    }
+
+    copy_out(res, layer);
+
+    return 0;
+}
+
 LLAMA_API size_t llama_kv_mixed_sizeof(const char * name) {
     static const struct { const char * name; size_t size; } sizes[] = {
 #define SIZE_OF(type) { #type, sizeof(type) }
@@ -155,6 +188,7 @@ LLAMA_API size_t llama_kv_mixed_sizeof(const char * name) {
         SIZE_OF(llama_kv_mixed_attn_args),
         SIZE_OF(llama_kv_mixed_cell),
         SIZE_OF(llama_kv_mixed_event),
+        SIZE_OF(llama_kv_mixed_layer),
         SIZE_OF(llama_kv_mixed_layer_error),
         SIZE_OF(llama_kv_mixed_params),
         SIZE_OF(llama_kv_mixed_shape),
