@@ -412,7 +412,7 @@ def test_a_client_that_disconnects_while_its_prompt_is_computed(
 
 def test_a_real_conversation(serve: Callable[..., Running], smollm2_path: Path) -> None:
     """The prompt's start is cold when the answer is written."""
-    running = serve("-t", "2", spec="hot=32,group=8,sink=4", n_ctx=1024, model=smollm2_path)
+    running = serve(spec="hot=32,group=8,sink=4", n_ctx=1024, model=smollm2_path)
     messages: Any = [
         {"role": "system", "content": "You are a helpful assistant who answers in one short sentence."},
         {"role": "user", "content": "What is the capital of France?"},
