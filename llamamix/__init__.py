@@ -25,6 +25,7 @@ _MODULES = {
         "ModelError",
         "ParamsError",
         "PullError",
+        "ServerError",
     ),
     "model": ("Model",),
     "params": ("ContextParams", "KVMixedParams", "ModelParams", "SamplingParams"),
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .errors import ModelError as ModelError
     from .errors import ParamsError as ParamsError
     from .errors import PullError as PullError
+    from .errors import ServerError as ServerError
     from .model import Model as Model
     from .params import ContextParams as ContextParams
     from .params import KVMixedParams as KVMixedParams

@@ -42,6 +42,10 @@ class PullError(LlamamixError):
     """A model or text can not be fetched from its registry."""
 
 
+class ServerError(LlamamixError):
+    """There is no llama-server to run, or it ended before it was ready; ``code`` is its exit code then."""
+
+
 _DECODE_ERRORS = {1: ContextFullError, 2: DecodeAborted}
 
 

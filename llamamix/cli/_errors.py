@@ -16,12 +16,12 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_PIPE = 141  # 128 + SIGPIPE
 
 
-def exit_code(run: Callable[[Any], None], args: Any) -> int:
-    """Run a command. LLAMAMIX_DEBUG=1 shows where an error comes from."""
+def exit_code(run: Callable[[Any], int | None], args: Any) -> int:
+    """Run a command, which returns its exit code or None for 0. LLAMAMIX_DEBUG=1 shows where an error comes from."""
     try:
-        run(args)
+        code = run(args)
         sys.stdout.flush()
-        return 0
+        return code or 0
     except BrokenPipeError:
         # the reader has gone; Python must not find that out again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,7 @@
 #include "llama-kv-cache-mixed.h"
 
 #include "llama-kv-mixed-graph.h"
+#include "llama-kv-mixed-io.h"
 
 #include "llama-kv-mixed-params.h"
 
@@ -577,6 +578,11 @@ struct llama_kv_mixed_state_header {
     uint32_t n_hot = 0;
 };
 
+// rows of these types do not stay on the device when a state does (llama-kv-mixed-io.h)
+static bool has_blocks(const llama_kv_mixed_params & params) {
+    return ggml_blck_size((ggml_type) params.type_cold_k) > 1 || ggml_blck_size((ggml_type) params.type_cold_v) > 1;
+}
+
 void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     llama_kv_mixed_state_header header;
 
@@ -590,8 +596,12 @@ void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_i
 
     io.write(&header, sizeof(header));
 
+    llama_kv_mixed_io_write io_bytes(io);
+
+    const bool is_split = (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) && has_blocks(params);
+
     for (const llama_kv_cache * kv : { kv_hot, kv_cold.get() }) {
-        kv->llama_kv_cache::state_write(io, seq_id, flags);
+        kv->llama_kv_cache::state_write(is_split && kv == kv_cold.get() ? io_bytes : io, seq_id, flags);
         state_write_shifts(io, *kv, seq_id);
     }
 
@@ -626,15 +636,20 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
         }
     }
 
+    llama_kv_mixed_io_read io_bytes(io);
+
+    const bool is_split = (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) && has_blocks(params);
+
     is_reading = true;
 
     try {
         for (llama_kv_cache * kv : { kv_hot, kv_cold.get() }) {
             llama_kv_cache::slot_info_vec_t sinfos;
 
-            kv->state_read_sinfo(io, seq_id, flags, &sinfos, nullptr);
+            kv->state_read_sinfo(is_split && kv == kv_cold.get() ? io_bytes : io, seq_id, flags, &sinfos, nullptr);
             state_read_shifts(io, *kv, sinfos);
         }
+        io_bytes.flush();
     } catch (...) {
         // half a state is none
         state_clear(seq_id);
