@@ -220,7 +220,7 @@ class ErrorLines(list):
         if not self:
             return ""
         text = " ".join(self[0].split())
-        return re.sub(r"^\w+: (error loading model: |failed to initialize the context: )?", "", text)
+        return re.sub(r"^\w+: (error loading (model|state|\w+ file): |failed to initialize the context: )?", "", text)
 
 
 @contextlib.contextmanager

@@ -437,8 +437,8 @@ class KVCache:
 
         For one sequence a mixed cache may have to move tokens of others to cold.
 
-        Raises CacheError for a state that this cache can not hold or that is not complete. What it was to replace may
-        be gone then, and nothing of it is there.
+        Raises CacheError for a state that this cache can not hold or that is damaged, before anything changes; where
+        its rows are damaged or missing, what it was to replace is gone, and nothing of it is there.
         """
         seq_id = -1 if seq_id is None else self._seq(seq_id, "seq_id")
         try:

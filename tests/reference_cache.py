@@ -49,7 +49,7 @@ class Share:
 
 
 class NoRoom(Exception):
-    """A state does not fit. What it was to replace is gone."""
+    """A state does not fit, and nothing has changed."""
 
 
 class ReferenceCache:
@@ -237,11 +237,13 @@ class ReferenceCache:
         if seq == -1:
             self.streams = state
             return
+        before = copy.deepcopy(self.streams), self.n_migrations, self.n_tokens_moved
         self.rm(seq, 0, -1)
         s = self.stream(seq)
         hot = [t for part in state for t in part.hot]
         cold = [t for part in state for t in part.cold]
         if not self._make_room(s, len(hot)) or len(cold) > self.n_cold - len(s.cold):
+            self.streams, self.n_migrations, self.n_tokens_moved = before
             raise NoRoom
         for t in hot + cold:
             t.seqs = {seq}

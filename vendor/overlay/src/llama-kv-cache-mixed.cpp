@@ -1,13 +1,11 @@
 #include "llama-kv-cache-mixed.h"
 
 #include "llama-kv-mixed-graph.h"
-#include "llama-kv-mixed-io.h"
 
 #include "llama-kv-mixed-params.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
-#include "llama-io.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-memory-hybrid.h"
 #include "llama-model.h"
@@ -69,8 +67,7 @@ static std::string type_label(ggml_type type_k, ggml_type type_v) {
     return type_k == type_v ? type_label(type_k) : type_label(type_k) + "/" + type_label(type_v);
 }
 
-// puts a token into an empty cell, with a shift that is still pending
-static void set_cell(
+void llama_kv_cache_mixed::set_cell(
                         llama_kv_cells & cells,
                               uint32_t   i,
                              llama_pos   pos,
@@ -415,6 +412,11 @@ void llama_kv_cache_mixed::measure_error(
 llama_memory_context_ptr llama_kv_cache_mixed::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
     GGML_UNUSED(embd_all);
 
+    // the update before this has failed: rows and positions do not belong together
+    if (kv_hot->get_has_shift() || kv_cold->get_has_shift()) {
+        return std::make_unique<llama_kv_cache_mixed_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+    }
+
     balloc.split_reset();
 
     std::vector<llama_ubatch> ubatches;
@@ -467,7 +469,7 @@ void llama_kv_cache_mixed::clear(bool data) {
     llama_kv_cache::clear(data);
     kv_cold->clear(data);
 
-    if (trace->is_on() && !is_reading) {
+    if (trace->is_on()) {
         trace->push(make_event(LLAMA_KV_MIXED_EVENT_CLEAR, -1));
     }
 }
@@ -478,7 +480,7 @@ bool llama_kv_cache_mixed::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
     res = llama_kv_cache::seq_rm(seq_id, p0, p1) && res;
     res = kv_cold->seq_rm(seq_id, p0, p1) && res;
 
-    if (trace->is_on() && !is_reading) {
+    if (trace->is_on()) {
         trace->push(make_event(LLAMA_KV_MIXED_EVENT_SEQ_RM, -1, seq_id, p0, p1));
     }
 
@@ -562,146 +564,6 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_mixed::memory_breakd
     }
 
     return res;
-}
-
-//
-// state
-//
-
-// the state of a mixed cache: a header, then the two caches in upstream's format, each with the shifts of its cells
-// a plain cache's state begins with its number of streams, which no magic can be taken for
-struct llama_kv_mixed_state_header {
-    uint32_t magic   = 0x78696d6b; // "kmix"
-    uint32_t version = 1;
-
-    // the most hot cells that one stream brings
-    uint32_t n_hot = 0;
-};
-
-// rows of these types do not stay on the device when a state does (llama-kv-mixed-io.h)
-static bool has_blocks(const llama_kv_mixed_params & params) {
-    return ggml_blck_size((ggml_type) params.type_cold_k) > 1 || ggml_blck_size((ggml_type) params.type_cold_v) > 1;
-}
-
-void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    llama_kv_mixed_state_header header;
-
-    for (uint32_t s = 0; s < kv_hot->get_n_stream(); ++s) {
-        const auto & cells = kv_hot->v_cells[s];
-
-        const uint32_t n = seq_id == -1 ? cells.get_used() : cells.seq_pos_get(seq_id).size();
-
-        header.n_hot = std::max(header.n_hot, n);
-    }
-
-    io.write(&header, sizeof(header));
-
-    llama_kv_mixed_io_write io_bytes(io);
-
-    const bool is_split = (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) && has_blocks(params);
-
-    for (const llama_kv_cache * kv : { kv_hot, kv_cold.get() }) {
-        kv->llama_kv_cache::state_write(is_split && kv == kv_cold.get() ? io_bytes : io, seq_id, flags);
-        state_write_shifts(io, *kv, seq_id);
-    }
-
-    if (trace->is_on()) {
-        trace->push(make_event(LLAMA_KV_MIXED_EVENT_STATE_WRITE, -1, seq_id));
-    }
-}
-
-void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    const llama_kv_mixed_state_header expected;
-
-    llama_kv_mixed_state_header header;
-    io.read(&header, sizeof(header));
-
-    if (header.magic != expected.magic) {
-        throw std::runtime_error("this is not the state of a mixed KV cache: it was saved without LLAMA_KV_MIXED, or is damaged");
-    }
-    if (header.version != expected.version) {
-        throw std::runtime_error(format("the state has version %u of the mixed KV cache's format, this library reads version %u",
-            header.version, expected.version));
-    }
-    if (header.n_hot > params.n_hot) {
-        throw std::runtime_error(format("the state holds %u hot tokens, hot=%u has no room for them", header.n_hot, params.n_hot));
-    }
-
-    if (seq_id != -1) {
-        seq_rm(seq_id, -1, -1);
-
-        // the other sequences make way
-        if (!make_room(get_stream(seq_id), header.n_hot)) {
-            throw std::runtime_error(format("no room for the %u hot tokens of the state: %s", header.n_hot, describe_use().c_str()));
-        }
-    }
-
-    llama_kv_mixed_io_read io_bytes(io);
-
-    const bool is_split = (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) && has_blocks(params);
-
-    is_reading = true;
-
-    try {
-        for (llama_kv_cache * kv : { kv_hot, kv_cold.get() }) {
-            llama_kv_cache::slot_info_vec_t sinfos;
-
-            kv->state_read_sinfo(is_split && kv == kv_cold.get() ? io_bytes : io, seq_id, flags, &sinfos, nullptr);
-            state_read_shifts(io, *kv, sinfos);
-        }
-        io_bytes.flush();
-    } catch (...) {
-        // half a state is none
-        state_clear(seq_id);
-        is_reading = false;
-        throw;
-    }
-
-    is_reading = false;
-
-    if (trace->is_on()) {
-        trace->push(make_event(LLAMA_KV_MIXED_EVENT_STATE_READ, -1, seq_id));
-    }
-}
-
-void llama_kv_cache_mixed::state_write_shifts(llama_io_write_i & io, const llama_kv_cache & kv, llama_seq_id seq_id) const {
-    // as many as the cells that state_write() has written, in their order
-    for (const auto & cells : kv.v_cells) {
-        for (uint32_t i = 0; i < cells.size(); ++i) {
-            if (!cells.is_empty(i) && (seq_id == -1 || cells.seq_has(i, seq_id))) {
-                const llama_pos shift = cells.get_shift(i);
-                io.write(&shift, sizeof(shift));
-            }
-        }
-    }
-}
-
-void llama_kv_cache_mixed::state_read_shifts(llama_io_read_i & io, llama_kv_cache & kv, const llama_kv_cache::slot_info_vec_t & sinfos) {
-    for (const auto & sinfo : sinfos) {
-        for (size_t s = 0; s < sinfo.n_stream(); ++s) {
-            auto & cells = kv.v_cells[sinfo.strm[s]];
-
-            for (const uint32_t i : sinfo.idxs[s]) {
-                llama_pos shift;
-                io.read(&shift, sizeof(shift));
-
-                if (shift == 0) {
-                    continue;
-                }
-
-                const llama_pos pos  = cells.pos_get(i);
-                const auto      ext  = cells.ext_get(i);
-                const auto      seqs = cells.seq_get_all(i);
-
-                if (std::abs((int64_t) pos - shift) >= INT32_MAX) {
-                    throw std::runtime_error("a position of the state is out of range");
-                }
-
-                cells.rm(i);
-                set_cell(cells, i, pos, shift, ext, seqs);
-            }
-        }
-    }
 }
 
 //
@@ -901,6 +763,21 @@ void llama_kv_cache_mixed::commit(const slot_info & sinfo) {
     }
 }
 
+void llama_kv_cache_mixed::drop(const slot_info & sinfo, const llama_ubatch & ubatch) {
+    uint32_t i_token = 0;
+
+    for (size_t s = 0; s < sinfo.n_stream(); ++s) {
+        auto & cells = kv_hot->v_cells[sinfo.strm[s]];
+
+        for (const uint32_t i : sinfo.idxs[s]) {
+            if (!cells.is_empty(i) && cells.pos_get(i) == ubatch.pos[i_token]) {
+                cells.rm(i);
+            }
+            i_token++;
+        }
+    }
+}
+
 uint32_t llama_kv_cache_mixed::move_tokens_to_cold_cache(
                            uint32_t   strm,
                            uint32_t   n,
@@ -1032,6 +909,12 @@ uint32_t llama_kv_cache_mixed::move_tokens_to_cold_cache(
     return src.size();
 }
 
+void llama_kv_cache_mixed::fail_moves(uint32_t n) {
+    if (mover) {
+        mover->fail(n);
+    }
+}
+
 std::string llama_kv_cache_mixed::describe_use() const {
     const auto stats = get_stats();
 
@@ -1127,6 +1010,41 @@ ggml_cgraph * llama_kv_cache_mixed::build_graph_shift(llm_graph_result * res, ll
     return gf;
 }
 
+// A scheduler over the devices of another one, with backends of its own: those of a context heed its abort callback, and a
+// shift that was cut short could neither be finished nor undone.
+struct shift_sched {
+    std::vector<ggml_backend_ptr> backends;
+
+    ggml_backend_sched_ptr sched; // null: out of memory
+
+    shift_sched(ggml_backend_sched_t other, int n_threads) {
+        std::vector<ggml_backend_t>             ptrs;
+        std::vector<ggml_backend_buffer_type_t> bufts;
+
+        for (int i = 0; i < ggml_backend_sched_get_n_backends(other); ++i) {
+            ggml_backend_t backend = ggml_backend_sched_get_backend(other, i);
+
+            ggml_backend_dev_t dev = ggml_backend_get_device(backend);
+
+            backends.emplace_back(ggml_backend_dev_init(dev, nullptr));
+            if (!backends.back()) {
+                return;
+            }
+
+            ptrs .push_back(backends.back().get());
+            bufts.push_back(ggml_backend_sched_get_buffer_type(other, backend));
+
+            auto * set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
+                    ggml_backend_dev_backend_reg(dev), "ggml_backend_set_n_threads");
+            if (set_n_threads) {
+                set_n_threads(ptrs.back(), n_threads);
+            }
+        }
+
+        sched.reset(ggml_backend_sched_new(ptrs.data(), bufts.data(), ptrs.size(), GGML_DEFAULT_GRAPH_SIZE, false, false));
+    }
+};
+
 bool llama_kv_cache_mixed::update(llama_context * lctx) {
     if (!get_can_shift()) {
         LLAMA_LOG_ERROR("%s: this model does not support moving tokens to other positions\n", __func__);
@@ -1134,22 +1052,23 @@ bool llama_kv_cache_mixed::update(llama_context * lctx) {
     }
 
     if (hparams.rope_type != LLAMA_ROPE_TYPE_NONE) {
-        auto * sched = lctx->get_sched();
+        // the rows may still be on their way
+        ggml_backend_sched_synchronize(lctx->get_sched());
 
-        ggml_backend_sched_reset(sched);
+        const shift_sched own(lctx->get_sched(), lctx->n_threads());
 
         auto * res = lctx->get_gf_res_reserve();
         res->reset();
 
         auto * gf = build_graph_shift(res, lctx);
-        if (!ggml_backend_sched_alloc_graph(sched, gf)) {
+        if (!own.sched || !ggml_backend_sched_alloc_graph(own.sched.get(), gf)) {
             LLAMA_LOG_ERROR("%s: failed to allocate compute graph for K-shift\n", __func__);
             return false;
         }
 
         res->set_inputs(nullptr);
 
-        if (lctx->graph_compute(gf, false) != GGML_STATUS_SUCCESS) {
+        if (ggml_backend_sched_graph_compute(own.sched.get(), gf) != GGML_STATUS_SUCCESS) {
             LLAMA_LOG_ERROR("%s: failed to compute K-shift\n", __func__);
             return false;
         }
@@ -1186,7 +1105,17 @@ llama_kv_cache_mixed_context::llama_kv_cache_mixed_context(
         std::vector<llama_ubatch> ubatches) : llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches)), kv_mixed(kv) {
 }
 
-llama_kv_cache_mixed_context::~llama_kv_cache_mixed_context() = default;
+llama_kv_cache_mixed_context::~llama_kv_cache_mixed_context() {
+    if (in_flight) {
+        kv_mixed->drop(sinfos[i_cur], ubatches[i_cur]);
+    }
+}
+
+bool llama_kv_cache_mixed_context::next() {
+    in_flight = false;
+
+    return llama_kv_cache_context::next();
+}
 
 bool llama_kv_cache_mixed_context::apply() {
     assert(!llama_memory_status_is_fail(status));
@@ -1205,6 +1134,8 @@ bool llama_kv_cache_mixed_context::apply() {
     }
 
     llama_kv_cache_context::apply();
+
+    in_flight = true;
 
     kv_mixed->commit(sinfo);
 

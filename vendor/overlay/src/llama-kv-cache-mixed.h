@@ -7,6 +7,7 @@
 #include "llama-kv-mixed-policy.h"
 #include "llama-kv-mixed-trace.h"
 
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -127,9 +128,16 @@ public:
     // the rows of the ubatch itself are yet to be computed and stay
     void commit(const slot_info & sinfo);
 
+    // a ubatch that was placed in sinfo has failed: forget its cells, whose rows were never computed
+    // (seq_rm(), which llama_context::decode() calls then, leaves tokens that other sequences share)
+    void drop(const slot_info & sinfo, const llama_ubatch & ubatch);
+
     // one migration: move up to n of the oldest unpinned tokens of a stream from hot to cold, leaving the cells in flight
     // alone; returns how many were moved: all at once, or none
     uint32_t move_tokens_to_cold_cache(uint32_t strm, uint32_t n, llama_kv_mixed_trigger trigger, const std::vector<uint32_t> & in_flight = {});
+
+    // for tests: the next n migrations fail to copy their rows
+    void fail_moves(uint32_t n);
 
     // carry out pending position shifts
     bool update(llama_context * lctx);
@@ -193,9 +201,6 @@ private:
     // a batch that is tried with several splits is refused once
     bool is_refused = false;
 
-    // hot's part of state_read() clears through the virtual functions, which is no event of its own
-    bool is_reading = false;
-
     // the context of the last update: its threads compute migrations, and its queued work is waited for
     // null when the cache is driven without one
     llama_context * lctx = nullptr;
@@ -222,10 +227,36 @@ private:
 
     std::string describe_use() const;
 
-    // the shifts that are pending in the cells of a state, which upstream's format leaves out although its K rows are
-    // those from before the shift: without them a sequence would come back with rows of other positions
-    void state_write_shifts(llama_io_write_i & io, const llama_kv_cache & kv, llama_seq_id seq_id) const;
-    void state_read_shifts (llama_io_read_i  & io, llama_kv_cache & kv, const llama_kv_cache::slot_info_vec_t & sinfos);
+    // puts a token into an empty cell, with a shift that is still pending
+    static void set_cell(
+                            llama_kv_cells & cells,
+                                  uint32_t   i,
+                                 llama_pos   pos,
+                                 llama_pos   shift,
+                   const llama_kv_cell_ext & ext,
+           const llama_kv_cells::seq_set_t & seqs);
+
+    //
+    // state, see llama-kv-mixed-state.cpp
+    //
+
+    struct state_cell;
+    struct state_stream;
+    struct state_tier;
+
+    // remove a sequence, and make room for the cells that a state has of it
+    // throws when there is none, and nothing changed
+    void state_make_room(llama_seq_id seq_id, uint32_t n_hot, uint32_t n_cold);
+
+    // put cells in place, those of hot and of cold, and read their rows
+    template <typename R>
+    void state_apply(R & in, const state_tier * tiers, llama_seq_id seq_id, bool on_device);
+
+    // a tensor as mere bytes: buffers that keep rows on the device count in elements, which blocks of quantised ones are not
+    ggml_tensor * as_bytes(ggml_tensor * t) const;
+
+    mutable ggml_context_ptr ctx_bytes;
+    mutable std::map<const ggml_tensor *, ggml_tensor *> bytes;
 
     // a record of the stream's occupancy (-1: of all streams), about a sequence (-1: about none in particular)
     llama_kv_mixed_event make_event(llama_kv_mixed_event_kind kind, int32_t strm, llama_seq_id seq_id = -1, llama_pos p0 = -1, llama_pos p1 = -1) const;
@@ -262,6 +293,7 @@ public:
     // llama_memory_context_i
     //
 
+    bool next()  override;
     bool apply() override;
 
     //
@@ -286,6 +318,9 @@ public:
 
 private:
     llama_kv_cache_mixed * const kv_mixed = nullptr;
+
+    // the current ubatch has been placed, and is not known to be computed yet
+    bool in_flight = false;
 
     // for the current ubatch
     uint32_t n_cold = 0;

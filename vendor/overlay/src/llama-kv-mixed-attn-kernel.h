@@ -401,8 +401,9 @@ void dot_rows_q4_0_n(int n, const query_q8 * Q, int64_t n_pair, const tile & k, 
 
 // O[r] += sum over j of P[r][j] V[j]; pmax[r]: no weight of P[r] is above it
 // Weights are rounded to 15 bits of pmax, scales to 15 bits of the tile's largest one, and so are their products.
+// live: which cells have a weight at all, null: any may have; what free cells were left with must not set that scale
 template <int N>
-void acc_rows_q4_0(const float * P, const float * pmax, const tile & v, float * O, int64_t ld) {
+void acc_rows_q4_0(const float * P, const float * pmax, const tile & v, const bool * live, float * O, int64_t ld) {
     alignas(64) float   d[TILE];
     alignas(64) int16_t d_int[TILE];
     alignas(64) int16_t p_int[N][TILE];
@@ -419,6 +420,9 @@ void acc_rows_q4_0(const float * P, const float * pmax, const tile & v, float * 
         load_scales<row_q4_0>(v.data, v.nb, v.n, b, d);
         for (int j = (v.n + V_LEN - 1)/V_LEN*V_LEN; j < TILE; j += V_LEN) {
             v_store(d + j, v_zero());
+        }
+        for (int j = 0; live && j < v.n; ++j) {
+            d[j] = live[j] ? d[j] : 0.0f;
         }
 
         vf most = v_zero();
@@ -485,11 +489,11 @@ KVM_UNROLL
 }
 
 template <int N>
-void acc_rows_q4_0_n(int n, const float * P, const float * pmax, const tile & v, float * O, int64_t ld) {
+void acc_rows_q4_0_n(int n, const float * P, const float * pmax, const tile & v, const bool * live, float * O, int64_t ld) {
     if (n == N) {
-        acc_rows_q4_0<N>(P, pmax, v, O, ld);
+        acc_rows_q4_0<N>(P, pmax, v, live, O, ld);
     } else if constexpr (N > 1) {
-        acc_rows_q4_0_n<N - 1>(n, P, pmax, v, O, ld);
+        acc_rows_q4_0_n<N - 1>(n, P, pmax, v, live, O, ld);
     }
 }
 
@@ -777,7 +781,7 @@ struct workspace {
 };
 
 // few query rows
-void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows, int64_t /*n_tokens*/,
+void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows, int64_t n_tokens,
         const tile & k, int32_t type_k, const tile & v, int32_t type_v, const mask_kind * kind, const float * slope) {
     float * S = w.S;
 
@@ -823,10 +827,21 @@ void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64
     else if (whole_v && type_v == GGML_TYPE_F32 ) { acc_all<row_f32 >(S, n_rows, v, w.O, p.ld_v); }
     else if (whole_v && type_v == GGML_TYPE_Q8_0) { acc_all<row_q8_0>(S, n_rows, v, w.O, p.ld_v); }
     else if (whole_v && type_v == GGML_TYPE_Q4_0 && v.n % 4 == 0) {
+        bool live[TILE] = {};
+        bool masked = false;
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            masked |= kind[t] != MASK_NONE;
+        }
+        for (int64_t r = 0; masked && r < n_rows; ++r) {
+            for (int j = 0; j < v.n; ++j) {
+                live[j] |= S[r*TILE + j] > 0.0f;
+            }
+        }
+
         const int size = group_size(n_rows, V_ROWS_ACC);
         for (int64_t r = 0; r < n_rows; r += size) {
             const int n = (int) (n_rows - r < size ? n_rows - r : size);
-            acc_rows_q4_0_n<V_ROWS_ACC>(n, S + r*TILE, w.pmax + r, v, w.O + r*p.ld_v, p.ld_v);
+            acc_rows_q4_0_n<V_ROWS_ACC>(n, S + r*TILE, w.pmax + r, v, masked ? live : nullptr, w.O + r*p.ld_v, p.ld_v);
         }
     }
     else if (whole_v && type_v == GGML_TYPE_Q4_0) { acc_all<row_q4_0>(S, n_rows, v, w.O, p.ld_v); }

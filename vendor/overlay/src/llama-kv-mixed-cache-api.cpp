@@ -483,6 +483,16 @@ LLAMA_API int32_t llama_kv_mixed_cache_move_to_cold(llama_kv_mixed_cache * cache
     });
 }
 
+LLAMA_API int32_t llama_kv_mixed_cache_fail_moves(llama_kv_mixed_cache * cache, uint32_t n) {
+    return guarded(-1, [&] {
+        check(cache->mixed, "the cache is not a mixed one");
+
+        cache->mixed->fail_moves(n);
+
+        return 0;
+    });
+}
+
 //
 // state
 //

@@ -119,5 +119,10 @@ bool llama_kv_mixed_mover::move(const std::vector<int32_t> & src, const std::vec
         }
     }
 
+    if (n_fail > 0) {
+        n_fail--;
+        return false;
+    }
+
     return true;
 }

@@ -30,7 +30,12 @@ public:
     // returns when the copy is complete; false: it failed, and no row but dst was written
     bool move(const std::vector<int32_t> & src, const std::vector<int64_t> & dst, int n_threads);
 
+    // for tests: the next n moves fail, after they have copied their rows
+    void fail(uint32_t n) { n_fail = n; }
+
 private:
+    uint32_t n_fail = 0;
+
     // the pairs that live on one device
     struct device {
         std::vector<pair> pairs;

@@ -70,13 +70,21 @@ uint32_t llama_kv_mixed_plan::migrate(const llama_kv_mixed_policy & policy, uint
     return n;
 }
 
-bool llama_kv_mixed_plan::place(const llama_kv_mixed_policy & policy, uint32_t n, uint32_t n_pinned) {
+bool llama_kv_mixed_plan::make_room(const llama_kv_mixed_policy & policy, uint32_t n) {
     if (n > room(policy)) {
         return false;
     }
 
     while (policy.n_hot - hot_used < n) {
         migrate(policy, 0);
+    }
+
+    return true;
+}
+
+bool llama_kv_mixed_plan::place(const llama_kv_mixed_policy & policy, uint32_t n, uint32_t n_pinned) {
+    if (!make_room(policy, n)) {
+        return false;
     }
 
     hot_used   += n;

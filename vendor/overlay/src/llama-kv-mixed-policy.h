@@ -51,6 +51,10 @@ struct llama_kv_mixed_plan {
     // the most tokens that fit in hot now, after as many migrations as it takes
     uint32_t room(const llama_kv_mixed_policy & policy) const;
 
+    // migrate until n tokens fit
+    // false: they do not fit, nothing changed
+    bool make_room(const llama_kv_mixed_policy & policy, uint32_t n);
+
     // migrate until n tokens fit, place them, migrate once if that passed the threshold
     // false: they do not fit, nothing changed
     bool place(const llama_kv_mixed_policy & policy, uint32_t n, uint32_t n_pinned);

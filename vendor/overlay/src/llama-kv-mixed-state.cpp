@@ -1,0 +1,579 @@
+// the saved state of a mixed KV cache: reading and writing
+
+#include "llama-kv-cache-mixed.h"
+
+#include "llama-impl.h"
+#include "llama-io.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <cstring>
+#include <stdexcept>
+
+//
+// format
+//
+//   header
+//   hot, cold: the layers' types and row sizes; for each stream where the next search for free cells begins, and its cells
+//   checksum of all that
+//   hot, cold: for each stream its rows, K layer by layer, then V
+//   checksum of the rows
+//
+// Cells come first and are checked as a whole: nothing changes before it is known that the state can be taken. Upstream's
+// format leaves pending shifts out, although its K rows are those from before the shift.
+//
+
+// a plain cache's state begins with its number of streams, which no magic can be taken for
+struct llama_kv_mixed_state_header {
+    uint32_t magic     = 0x78696d6b; // "kmix"
+    uint32_t version   = 2;
+    uint32_t n_stream  = 1;          // 1 for a single sequence
+    uint32_t whole     = 0;          // 1: all sequences
+    uint32_t on_device = 0;          // 1: the rows are kept elsewhere
+};
+
+// a change within one 8-byte word always shows, any other one but for once in 2^64
+class state_checksum {
+public:
+    void add(const void * data, size_t size) {
+        const auto * p = (const uint8_t *) data;
+
+        for (; size >= 8; size -= 8, p += 8) {
+            uint64_t w;
+            memcpy(&w, p, 8);
+            mix(w);
+        }
+
+        if (size > 0) {
+            uint64_t w = 0;
+            memcpy(&w, p, size);
+            mix(w);
+        }
+    }
+
+    uint64_t get() const {
+        return h;
+    }
+
+private:
+    uint64_t h = 0x78696d6b;
+
+    void mix(uint64_t w) {
+        h  = (h ^ w)*0x9e3779b97f4a7c15ull;
+        h ^= h >> 32;
+    }
+};
+
+// what follows each other in the state, and its checksum
+
+class state_writer {
+public:
+    state_writer(llama_io_write_i & io) : io(io) {}
+
+    template <typename T>
+    void put(const T & x) {
+        put(&x, sizeof(x));
+    }
+
+    void put(const void * data, size_t size) {
+        sum.add(data, size);
+        io.write(data, size);
+    }
+
+    void end() {
+        const uint64_t h = sum.get();
+        io.write(&h, sizeof(h));
+        sum = {};
+    }
+
+    llama_io_write_i & io;
+
+private:
+    state_checksum sum;
+};
+
+class state_reader {
+public:
+    state_reader(llama_io_read_i & io) : io(io) {}
+
+    template <typename T>
+    T get() {
+        T x;
+        get(&x, sizeof(x));
+        return x;
+    }
+
+    void get(void * data, size_t size) {
+        io.read(data, size);
+        sum.add(data, size);
+    }
+
+    void end() {
+        uint64_t h;
+        io.read(&h, sizeof(h));
+        if (h != sum.get()) {
+            throw std::runtime_error("the state is damaged: its checksum is another one");
+        }
+        sum = {};
+    }
+
+    llama_io_read_i & io;
+
+private:
+    state_checksum sum;
+};
+
+// calls f(first, n) for runs of adjacent cells
+template <typename F>
+static void for_each_run(const std::vector<uint32_t> & idxs, F f) {
+    for (size_t i = 0; i < idxs.size();) {
+        size_t n = 1;
+        while (i + n < idxs.size() && idxs[i + n] == idxs[i] + n) {
+            n++;
+        }
+
+        f(idxs[i], n);
+
+        i += n;
+    }
+}
+
+ggml_tensor * llama_kv_cache_mixed::as_bytes(ggml_tensor * t) const {
+    const auto it = bytes.find(t);
+    if (it != bytes.end()) {
+        return it->second;
+    }
+
+    if (!ctx_bytes) {
+        ctx_bytes.reset(ggml_init({
+            /*.mem_size   =*/ 4*get_hot()->layers.size()*get_hot()->get_n_stream()*ggml_tensor_overhead(),
+            /*.mem_buffer =*/ nullptr,
+            /*.no_alloc   =*/ true,
+        }));
+    }
+
+    ggml_tensor * res = ggml_view_tensor(ctx_bytes.get(), t);
+
+    res->buffer = t->buffer;
+
+    res->type  = GGML_TYPE_I8;
+    res->ne[0] = ggml_nbytes(t);
+    res->nb[0] = 1;
+    for (int i = 1; i < GGML_MAX_DIMS; ++i) {
+        res->ne[i] = 1;
+        res->nb[i] = res->ne[0];
+    }
+
+    return bytes[t] = res;
+}
+
+//
+// write
+//
+
+void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    const uint32_t n_stream  = get_hot()->get_n_stream();
+    const bool     on_device = flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE;
+
+    llama_kv_mixed_state_header header;
+
+    std::vector<uint32_t> strms;
+
+    if (seq_id == -1) {
+        header.whole    = 1;
+        header.n_stream = n_stream;
+
+        for (uint32_t s = 0; s < n_stream; ++s) {
+            strms.push_back(s);
+        }
+    } else {
+        strms.push_back(get_stream(seq_id));
+    }
+
+    header.on_device = on_device;
+
+    state_writer out(io);
+    out.put(header);
+
+    std::vector<std::vector<uint32_t>> idxs; // of hot, then cold, by stream
+
+    for (const llama_kv_cache * kv : { get_hot(), get_cold() }) {
+        out.put<uint32_t>(kv->layers.size());
+
+        for (const auto & layer : kv->layers) {
+            for (const ggml_tensor * t : { layer.k, layer.v }) {
+                out.put<int32_t >(t->type);
+                out.put<uint64_t>(t->nb[1]);
+            }
+        }
+
+        for (const uint32_t s : strms) {
+            const auto & cells = kv->v_cells[s];
+
+            idxs.emplace_back();
+
+            for (uint32_t i = 0; i < cells.size(); ++i) {
+                if (!cells.is_empty(i) && (seq_id == -1 || cells.seq_has(i, seq_id))) {
+                    idxs.back().push_back(i);
+                }
+            }
+
+            out.put<uint32_t>(idxs.back().size());
+            out.put<uint32_t>(kv->v_heads[s]);
+
+            for (const uint32_t i : idxs.back()) {
+                out.put(i);
+                out.put(cells.pos_get(i));
+                out.put(cells.get_shift(i));
+                out.put(cells.ext_get(i));
+
+                if (seq_id == -1) {
+                    out.put<uint32_t>(cells.seq_count(i));
+
+                    for (llama_seq_id cur = 0; cur < LLAMA_MAX_SEQ; ++cur) {
+                        if (cells.seq_has(i, cur)) {
+                            out.put(cur);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    out.end();
+
+    std::vector<uint8_t> buf;
+
+    size_t i_part = 0;
+
+    for (const llama_kv_cache * kv : { get_hot(), get_cold() }) {
+        for (const uint32_t s : strms) {
+            const auto & part = idxs[i_part++];
+
+            for (const bool is_v : { false, true }) {
+                for (const auto & layer : kv->layers) {
+                    ggml_tensor * t = is_v ? layer.v_stream[s] : layer.k_stream[s];
+
+                    const size_t size_row = t->nb[1];
+
+                    for_each_run(part, [&](uint32_t first, size_t n) {
+                        if (on_device) {
+                            io.write_tensor(as_bytes(t), first*size_row, n*size_row);
+                            return;
+                        }
+
+                        const uint8_t * rows = (const uint8_t *) t->data + first*size_row;
+
+                        if (!ggml_backend_buffer_is_host(t->buffer)) {
+                            buf.resize(n*size_row);
+                            ggml_backend_tensor_get(t, buf.data(), first*size_row, buf.size());
+                            rows = buf.data();
+                        }
+
+                        // row by row: where runs end is another matter when they are read
+                        for (size_t i = 0; i < n; ++i) {
+                            out.put(rows + i*size_row, size_row);
+                        }
+                    });
+                }
+            }
+        }
+    }
+
+    out.end();
+
+    if (trace->is_on()) {
+        trace->push(make_event(LLAMA_KV_MIXED_EVENT_STATE_WRITE, -1, seq_id));
+    }
+}
+
+//
+// read
+//
+
+struct llama_kv_cache_mixed::state_cell {
+    uint32_t  i;
+    llama_pos pos;
+    llama_pos shift;
+
+    llama_kv_cell_ext ext;
+
+    llama_kv_cells::seq_set_t seqs;
+};
+
+struct llama_kv_cache_mixed::state_stream {
+    uint32_t head; // where the search for free cells begins
+
+    std::vector<state_cell> cells;
+};
+
+struct llama_kv_cache_mixed::state_tier {
+    std::vector<state_stream> streams;
+};
+
+static void check_layer(const char * tier, uint32_t il, const char * side, const ggml_tensor * t, int32_t type, uint64_t size_row) {
+    if (type != t->type || size_row != t->nb[1]) {
+        const char * name = type >= 0 && type < GGML_TYPE_COUNT ? ggml_type_name((ggml_type) type) : nullptr;
+
+        throw std::runtime_error(format("the state has %s %s rows of type %s and %" PRIu64 " bytes in layer %u, this cache has %s and %zu bytes",
+            tier, side, name ? name : "?", size_row, il, ggml_type_name(t->type), t->nb[1]));
+    }
+}
+
+void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    const llama_kv_mixed_state_header expected;
+
+    state_reader in(io);
+
+    // a state of another kind may be shorter than the header
+    llama_kv_mixed_state_header header;
+    in.get(&header, 2*sizeof(uint32_t));
+
+    if (header.magic != expected.magic) {
+        throw std::runtime_error("this is not the state of a mixed KV cache: it was saved without LLAMA_KV_MIXED, or is damaged");
+    }
+    if (header.version != expected.version) {
+        throw std::runtime_error(format("the state has version %u of the mixed KV cache's format, this library reads version %u",
+            header.version, expected.version));
+    }
+
+    in.get(&header.n_stream, sizeof(header) - 2*sizeof(uint32_t));
+
+    const uint32_t n_stream  = get_hot()->get_n_stream();
+    const bool     on_device = flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE;
+
+    if (header.whole != (seq_id == -1 ? 1u : 0u)) {
+        throw std::runtime_error(seq_id == -1 ? "the state is that of one sequence, not of all" : "the state is that of all sequences, not of one");
+    }
+    if (header.n_stream != (seq_id == -1 ? n_stream : 1u)) {
+        throw std::runtime_error(format("the state has %u streams, this cache has %u", header.n_stream, n_stream));
+    }
+    if (header.on_device != (on_device ? 1u : 0u)) {
+        throw std::runtime_error(on_device ? "the rows of the state are in it, not on the device" : "the rows of the state were left on the device");
+    }
+
+    state_tier tiers[2];
+
+    for (const bool is_cold : { false, true }) {
+        const llama_kv_cache & kv = is_cold ? *get_cold() : *get_hot();
+
+        const char * name = is_cold ? "cold" : "hot";
+
+        const uint32_t n_layer = in.get<uint32_t>();
+        if (n_layer != kv.layers.size()) {
+            throw std::runtime_error(format("the state has %u layers, this cache has %zu", n_layer, kv.layers.size()));
+        }
+
+        for (const auto & layer : kv.layers) {
+            for (const bool is_v : { false, true }) {
+                const int32_t  type     = in.get<int32_t >();
+                const uint64_t size_row = in.get<uint64_t>();
+
+                check_layer(name, layer.il, is_v ? "V" : "K", is_v ? layer.v : layer.k, type, size_row);
+            }
+        }
+
+        for (uint32_t s = 0; s < header.n_stream; ++s) {
+            const uint32_t n = in.get<uint32_t>();
+            if (n > kv.get_size()) {
+                throw std::runtime_error(format("the state holds %u %s tokens, %s=%u has no room for them",
+                    n, name, is_cold ? "cold_size" : "hot", kv.get_size()));
+            }
+
+            state_stream stream;
+            stream.head = in.get<uint32_t>();
+
+            for (uint32_t i = 0; i < n; ++i) {
+                state_cell cell;
+                cell.i     = in.get<uint32_t>();
+                cell.pos   = in.get<llama_pos>();
+                cell.shift = in.get<llama_pos>();
+                cell.ext   = in.get<llama_kv_cell_ext>();
+
+                if (i > 0 && cell.i <= stream.cells.back().i) {
+                    throw std::runtime_error("the cells of the state are out of order");
+                }
+
+                // the position before the shift must be one as well, with either sign
+                if (cell.pos < 0 || std::abs((int64_t) cell.shift) >= INT32_MAX || std::abs((int64_t) cell.pos - cell.shift) >= INT32_MAX) {
+                    throw std::runtime_error("a position of the state is out of range");
+                }
+
+                if (seq_id != -1) {
+                    cell.seqs.set(seq_id);
+                } else {
+                    const uint32_t n_seqs = in.get<uint32_t>();
+                    if (n_seqs == 0 || n_seqs > kv.get_n_seq_max()) {
+                        throw std::runtime_error(format("a cell of the state has %u sequences", n_seqs));
+                    }
+
+                    for (uint32_t j = 0; j < n_seqs; ++j) {
+                        const llama_seq_id cur = in.get<llama_seq_id>();
+                        if (cur < 0 || (uint32_t) cur >= kv.get_n_seq_max() || get_stream(cur) != s || cell.seqs.test(cur)) {
+                            throw std::runtime_error(format("a cell of the state has sequence %d, which it can not have here", cur));
+                        }
+                        cell.seqs.set(cur);
+                    }
+                }
+
+                stream.cells.push_back(cell);
+            }
+
+            tiers[is_cold].streams.push_back(std::move(stream));
+        }
+    }
+
+    in.end();
+
+    state_apply(in, tiers, seq_id, on_device);
+
+    if (trace->is_on()) {
+        trace->push(make_event(LLAMA_KV_MIXED_EVENT_STATE_READ, -1, seq_id));
+    }
+}
+
+void llama_kv_cache_mixed::state_make_room(llama_seq_id seq_id, uint32_t n_hot, uint32_t n_cold) {
+    const uint32_t strm = get_stream(seq_id);
+
+    // as if the sequence were gone already
+    llama_kv_mixed_plan plan = get_plan(strm);
+
+    for (const llama_kv_cache * kv : { get_hot(), get_cold() }) {
+        const auto & cells = kv->v_cells[strm];
+
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            if (cells.is_empty(i) || !cells.seq_has(i, seq_id) || cells.seq_count(i) > 1) {
+                continue;
+            }
+
+            if (kv == get_cold()) {
+                plan.cold_used--;
+            } else {
+                plan.hot_used--;
+                plan.hot_pinned -= policy.is_pinned(cells.pos_get(i));
+            }
+        }
+    }
+
+    if (!plan.make_room(policy, n_hot) || n_cold > plan.cold_size - plan.cold_used) {
+        throw std::runtime_error(format("no room for the %u hot and %u cold tokens of the state: %s",
+            n_hot, n_cold, describe_use().c_str()));
+    }
+
+    seq_rm(seq_id, -1, -1);
+
+    // the other sequences make way
+    if (!make_room(strm, n_hot)) {
+        throw std::runtime_error("no room for the hot tokens of the state: the others can not be moved to cold");
+    }
+}
+
+template <typename R>
+void llama_kv_cache_mixed::state_apply(R & in, const state_tier * tiers, llama_seq_id seq_id, bool on_device) {
+    const uint32_t s0 = seq_id == -1 ? 0 : get_stream(seq_id);
+
+    if (seq_id != -1) {
+        state_make_room(seq_id, tiers[0].streams[0].cells.size(), tiers[1].streams[0].cells.size());
+    } else {
+        for (llama_kv_cache * kv : { get_hot(), get_cold() }) {
+            kv->llama_kv_cache::clear(true);
+        }
+    }
+
+    std::vector<slot_info> slots; // of hot, then cold, by stream
+
+    for (const bool is_cold : { false, true }) {
+        llama_kv_cache & kv = is_cold ? *get_cold() : *get_hot();
+
+        for (size_t i = 0; i < tiers[is_cold].streams.size(); ++i) {
+            const auto & stream = tiers[is_cold].streams[i];
+            const auto & part   = stream.cells;
+
+            auto & cells = kv.v_cells[s0 + i];
+
+            // all goes on bit for bit as it would have where the state is from, as long as nothing else is in the way
+            if (cells.get_used() == 0) {
+                kv.v_heads[s0 + i] = std::min(stream.head, cells.size());
+            }
+
+            // to the cells that they had, or to the first free ones
+            const bool same = std::all_of(part.begin(), part.end(), [&](const state_cell & cell) {
+                return cell.i < cells.size() && cells.is_empty(cell.i);
+            });
+
+            slot_info sinfo;
+            sinfo.s0 = s0 + i;
+            sinfo.s1 = s0 + i;
+            sinfo.resize(1);
+            sinfo.strm[0] = s0 + i;
+
+            uint32_t i_free = 0;
+
+            for (const auto & cell : part) {
+                if (same) {
+                    i_free = cell.i;
+                }
+                while (!cells.is_empty(i_free)) {
+                    i_free++;
+                }
+
+                set_cell(cells, i_free, cell.pos, cell.shift, cell.ext, cell.seqs);
+                sinfo.idxs[0].push_back(i_free);
+            }
+
+            slots.push_back(sinfo);
+        }
+    }
+
+    std::vector<uint8_t> buf;
+
+    try {
+        size_t i_slot = 0;
+
+        for (const bool is_cold : { false, true }) {
+            llama_kv_cache & kv = is_cold ? *get_cold() : *get_hot();
+
+            for (size_t i = 0; i < tiers[is_cold].streams.size(); ++i) {
+                const auto & sinfo = slots[i_slot++];
+
+                for (const bool is_v : { false, true }) {
+                    for (const auto & layer : kv.layers) {
+                        ggml_tensor * t = is_v ? layer.v_stream[sinfo.strm[0]] : layer.k_stream[sinfo.strm[0]];
+
+                        const size_t size_row = t->nb[1];
+
+                        for_each_run(sinfo.idxs[0], [&](uint32_t first, size_t n) {
+                            if (on_device) {
+                                in.io.read_tensor(as_bytes(t), first*size_row, n*size_row);
+                                return;
+                            }
+
+                            buf.resize(n*size_row);
+                            for (size_t r = 0; r < n; ++r) {
+                                in.get(buf.data() + r*size_row, size_row);
+                            }
+                            ggml_backend_tensor_set(t, buf.data(), first*size_row, buf.size());
+                        });
+                    }
+                }
+            }
+        }
+
+        in.end();
+    } catch (...) {
+        // half a state is none, and rows that are no numbers would be seen even in free cells
+        size_t i_slot = 0;
+
+        for (const bool is_cold : { false, true }) {
+            for (size_t i = 0; i < tiers[is_cold].streams.size(); ++i) {
+                const auto & sinfo = slots[i_slot++];
+
+                llama_kv_cache & kv = is_cold ? *get_cold() : *get_hot();
+
+                kv.llama_kv_cache::state_clear(seq_id, sinfo.strm[0], sinfo);
+            }
+        }
+
+        throw;
+    }
+}
