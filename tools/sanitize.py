@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""Runs the tests with libllama under sanitizers.
+
+    python tools/sanitize.py asan               # addresses and undefined behaviour; assertions are on
+    python tools/sanitize.py tsan               # data races; two threads compute, without OpenMP
+    python tools/sanitize.py asan tests -k full # anything that pytest takes
+
+It builds the preset of that name (minutes, the first time) and runs the tests of the cache and of contexts unless told
+otherwise. The first finding ends the run. Python itself is not instrumented: the sanitizer's runtime is loaded before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("cache", "cache_machine", "context", "migration", "state", "faults", "operations", "attention")
+]
+
+# Memory that Python, numpy and the driver of the tests never give back is no finding. An allocation that fails returns
+# null, as it does elsewhere: there are tests of that.
+OPTIONS = {
+    "asan": {
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:abort_on_error=1:detect_stack_use_after_return=1",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:abort_on_error=1:suppressions={ROOT}/tools/ubsan.supp",
+    },
+    "tsan": {"TSAN_OPTIONS": f"halt_on_error=1:second_deadlock_stack=1:suppressions={ROOT}/tools/tsan.supp"},
+}
+
+
+def runtime(name: str) -> str:
+    """The sanitizer's shared library, of the compiler that CMake takes."""
+    compiler = os.environ.get("CXX", "c++")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    file = f"libclang_rt.{name}-{os.uname().machine}.so" if "clang" in version else f"lib{name}.so"
+    found = subprocess.run([compiler, f"-print-file-name={file}"], capture_output=True, text=True, check=True)
+    path = Path(found.stdout.strip())
+    if not path.is_absolute():
+        sys.exit(f"{compiler} has no {file}.")
+    return str(path.resolve())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sanitizer", choices=list(OPTIONS))
+    parser.add_argument("--no-build", action="store_true", help="take the library as it is")
+    args, pytest_args = parser.parse_known_args()
+
+    if not args.no_build:
+        subprocess.run(["cmake", "--preset", args.sanitizer], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["cmake", "--build", "--preset", args.sanitizer, "--target", "llama"], cwd=ROOT, check=True)
+
+    env = os.environ | OPTIONS[args.sanitizer]
+    env["LD_PRELOAD"] = runtime(args.sanitizer)
+    env["LLAMAMIX_LIB_PATH"] = str(ROOT / "build" / args.sanitizer / "bin")
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env["LLAMAMIX_TEST_SANITIZER"] = args.sanitizer
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(pytest_args or TESTS)]
+    return subprocess.run(command, cwd=ROOT, env=env).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
