@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +40,8 @@ ffi.cdef(
                                      size_t * n);
     """
 )
-lib: Any = ffi.dlopen(str(library_dir() / bindings._file_name("llama")))
+_path = library_dir() / bindings._file_name("llama")
+lib: Any = ffi.dlopen(str(_path))
 
 PARTIAL_ONLY, ON_DEVICE = 1, 2
 
@@ -73,3 +76,45 @@ def state_set(context: Context, state: bytes, seq_id: int | None = None, flags: 
             n = lib.llama_state_seq_set_data_ext(ctx, ffi.from_buffer("uint8_t[]", state), len(state), seq_id, flags)
     context.memory.note_loaded(seq_id)
     return n, errors.reason()
+
+
+class _Map(ctypes.Structure):
+    """std::map as libstdc++ has it: a header node, whose parent is the root."""
+
+    _fields_ = [("words", ctypes.c_uint64 * 6)]
+
+
+class _Node(ctypes.Structure):
+    _fields_ = [
+        ("color", ctypes.c_uint64),
+        ("parent", ctypes.c_uint64),
+        ("left", ctypes.c_uint64),
+        ("right", ctypes.c_uint64),
+        ("key", ctypes.c_uint64),
+        ("model", ctypes.c_uint64),
+        ("context", ctypes.c_uint64),
+        ("compute", ctypes.c_uint64),
+    ]
+
+
+def memory_breakdown(ctx: Any) -> tuple[int, int] | None:
+    """Bytes of context and computation, of all kinds of buffers; None: this libllama's std::map is another one."""
+    try:
+        function = ctypes.CDLL(str(_path))["_Z26llama_get_memory_breakdownPK13llama_context"]
+    except AttributeError:
+        return None
+    if not sys.platform.startswith("linux"):
+        return None
+    function.restype, function.argtypes = _Map, [ctypes.c_void_p]
+
+    def nodes(address: int) -> Iterator[_Node]:
+        if address:
+            node = _Node.from_address(address)
+            yield from nodes(node.left)
+            yield node
+            yield from nodes(node.right)
+
+    result = function(int(ffi.cast("uintptr_t", ctx)))
+    found = list(nodes(result.words[2]))
+    assert len(found) == result.words[5]
+    return sum(n.context for n in found), sum(n.compute for n in found)

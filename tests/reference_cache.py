@@ -67,6 +67,7 @@ class ReferenceCache:
         self.n_migrations = 0
         self.n_tokens_moved = 0
         self.n_refused = 0
+        self.n_fail = 0  # so many migrations will fail
 
     def stream(self, seq: int) -> Stream:
         return self.streams[seq if len(self.streams) > 1 else 0]
@@ -155,6 +156,9 @@ class ReferenceCache:
         left = [t for t in s.hot if not self.is_pinned(t) and t not in in_flight]
         n = min(n, self.n_move_max, len(left), self.n_cold - len(s.cold))
         if n == 0:
+            return 0
+        if self.n_fail > 0:
+            self.n_fail -= 1
             return 0
 
         # those furthest behind the end of their sequence, unless one would keep a token that is older than one it gives

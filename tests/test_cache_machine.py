@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from reference_cache import NoRoom, ReferenceCache
 
 from llamamix import Batch, CacheError, KVMixedParams, MixedKVCache, SBatch, UBatch, ggml
+from llamamix._ffi import lib
 
 _PROFILES = {
     "ci": settings(max_examples=400, stateful_step_count=40, derandomize=True, database=None, print_blob=True),
@@ -217,6 +218,13 @@ class CacheMachine(RuleBasedStateMachine):
         stream = 0 if self.config.unified else stream
         assert self.cache.move_tokens_to_cold_cache(n, stream) == self.ref.move(stream, n)
 
+    @rule(n=st.integers(0, 3))
+    def copies_fail(self, n: int) -> None:
+        """The next migrations can not copy their rows."""
+        self.ref.n_fail = n
+        with self.cache._handle as pointer:
+            lib.llama_kv_mixed_cache_fail_moves(pointer, n)
+
     #
     # sequences
     #
@@ -289,6 +297,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(src=seqs, dst=seqs)
     def copy_by_state(self, src: int, dst: int) -> None:
+        self.copies_fail(0)
         state, saved = self.cache.state_write(src), self.ref.save(src)
         try:
             self.ref.load(saved, dst)

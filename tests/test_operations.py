@@ -19,6 +19,7 @@ from test_quantised import allowance, flips, rms
 from tiny_model import write_tiny_model
 
 from llamamix import Context, ContextFullError, KVMixedParams, Model
+from llamamix import _ffi as bindings
 
 MakeContext = Callable[..., Context]
 
@@ -318,3 +319,46 @@ def test_no_causal_mask(make_context: MakeContext) -> None:
     with pytest.raises(ContextFullError, match="full"):
         context.decode(random_tokens(49))
     assert raw.state_get(context) == before
+
+
+#
+# what it takes
+#
+
+
+@pytest.mark.parametrize(
+    ("kv_mixed", "unified", "types"),
+    [
+        (KVMixedParams(hot=64), True, ("f16", "f16")),
+        (KVMixedParams(hot=512, cold_k="q8_0", cold_v="q5_1"), False, ("bf16", "f32")),
+        (KVMixedParams(hot=100, cold="f16", cold_size=1500), True, ("f16", "f16")),
+    ],
+)
+def test_memory_is_counted(
+    kv_mixed: KVMixedParams, unified: bool, types: tuple[str, str], tiny_model_path: Path, make_context: MakeContext
+) -> None:
+    """Hot and cold are what libllama counts as the context's, also where it only measures (-fit) and allocates nothing."""
+    params = {"n_ctx": 1536, "n_seq_max": 3, "kv_unified": unified, "type_k": types[0], "type_v": types[1]}
+    context = make_context(kv_mixed=kv_mixed, **params)
+    stats = context.stats
+    with raw.pointer(context) as ctx:
+        counted = raw.memory_breakdown(ctx)
+    if counted is None:
+        pytest.skip("no way to read a std::map here")
+    size = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q4_0": 18 / 32}
+    n_hot, n_cold = stats.hot_size, stats.cold_size
+    cold_types = (kv_mixed.cold_k or kv_mixed.cold, kv_mixed.cold_v or kv_mixed.cold)
+    # two layers with two heads of 64
+    expected = 2 * 128 * sum(n_hot * size[h] + n_cold * size[c] for h, c in zip(types, cold_types, strict=True))
+    assert counted[0] == expected == stats.bytes_hot + stats.bytes_cold
+
+    lib, ffi = bindings.lib, bindings.ffi
+    model_params = lib.llama_model_default_params()
+    model_params.no_alloc = True
+    model_params.load_mode = 0
+    model = lib.llama_model_load_from_file(str(tiny_model_path).encode(), model_params)
+    measured = lib.llama_kv_mixed_init_from_model(model, context.params.to_c(1), kv_mixed.to_c())
+    assert measured != ffi.NULL
+    assert raw.memory_breakdown(raw.ffi.cast("void *", int(ffi.cast("uintptr_t", measured)))) == counted
+    lib.llama_free(measured)
+    lib.llama_model_free(model)
