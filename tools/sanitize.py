@@ -3,7 +3,7 @@
 
     python tools/sanitize.py asan               # addresses and undefined behaviour; assertions are on
     python tools/sanitize.py tsan               # data races; two threads compute, without OpenMP
-    python tools/sanitize.py asan tests -k full # anything that pytest takes
+    python tools/sanitize.py asan tests/test_cache.py -x  # what pytest takes: files first, then options
 
 It builds the preset of that name (minutes, the first time) and runs the tests of the cache and of contexts unless told
 otherwise. The first finding ends the run. Python itself is not instrumented: the sanitizer's runtime is loaded before it.
@@ -36,15 +36,20 @@ OPTIONS = {
 
 
 def runtime(name: str) -> str:
-    """The sanitizer's shared library, of the compiler that CMake takes."""
+    """What has to be loaded before Python: the sanitizer of the compiler that CMake takes, and what it looks for then.
+
+    Without libstdc++ it finds no __cxa_throw() to pass exceptions on to.
+    """
     compiler = os.environ.get("CXX", "c++")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    file = f"libclang_rt.{name}-{os.uname().machine}.so" if "clang" in version else f"lib{name}.so"
-    found = subprocess.run([compiler, f"-print-file-name={file}"], capture_output=True, text=True, check=True)
-    path = Path(found.stdout.strip())
-    if not path.is_absolute():
-        sys.exit(f"{compiler} has no {file}.")
-    return str(path.resolve())
+    files = [f"libclang_rt.{name}-{os.uname().machine}.so" if "clang" in version else f"lib{name}.so", "libstdc++.so.6"]
+    paths = []
+    for file in files:
+        found = subprocess.run([compiler, f"-print-file-name={file}"], capture_output=True, text=True, check=True)
+        paths.append(Path(found.stdout.strip()))
+        if not paths[-1].is_absolute():
+            sys.exit(f"{compiler} has no {file}.")
+    return " ".join(str(path.resolve()) for path in paths)
 
 
 def main() -> int:
@@ -62,7 +67,9 @@ def main() -> int:
     env["LLAMAMIX_LIB_PATH"] = str(ROOT / "build" / args.sanitizer / "bin")
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env["LLAMAMIX_TEST_SANITIZER"] = args.sanitizer
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(pytest_args or TESTS)]
+    # what a sanitizer reports comes out, and is not kept by pytest
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys"]
+    command += pytest_args if pytest_args and not pytest_args[0].startswith("-") else [*TESTS, *pytest_args]
     return subprocess.run(command, cwd=ROOT, env=env).returncode
 
 

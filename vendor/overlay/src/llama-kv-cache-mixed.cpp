@@ -1017,7 +1017,7 @@ struct shift_sched {
 
     ggml_backend_sched_ptr sched; // null: out of memory
 
-    shift_sched(ggml_backend_sched_t other, int n_threads) {
+    shift_sched(ggml_backend_sched_t other, int n_threads, size_t graph_size) {
         std::vector<ggml_backend_t>             ptrs;
         std::vector<ggml_backend_buffer_type_t> bufts;
 
@@ -1041,7 +1041,7 @@ struct shift_sched {
             }
         }
 
-        sched.reset(ggml_backend_sched_new(ptrs.data(), bufts.data(), ptrs.size(), GGML_DEFAULT_GRAPH_SIZE, false, false));
+        sched.reset(ggml_backend_sched_new(ptrs.data(), bufts.data(), ptrs.size(), graph_size, false, false));
     }
 };
 
@@ -1055,12 +1055,13 @@ bool llama_kv_cache_mixed::update(llama_context * lctx) {
         // the rows may still be on their way
         ggml_backend_sched_synchronize(lctx->get_sched());
 
-        const shift_sched own(lctx->get_sched(), lctx->n_threads());
-
         auto * res = lctx->get_gf_res_reserve();
         res->reset();
 
         auto * gf = build_graph_shift(res, lctx);
+
+        const shift_sched own(lctx->get_sched(), lctx->n_threads(), ggml_graph_size(gf));
+
         if (!own.sched || !ggml_backend_sched_alloc_graph(own.sched.get(), gf)) {
             LLAMA_LOG_ERROR("%s: failed to allocate compute graph for K-shift\n", __func__);
             return false;

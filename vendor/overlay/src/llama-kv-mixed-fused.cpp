@@ -99,9 +99,12 @@ ggml_tensor * llama_kv_mixed_fused::build(
 
     if (n_partial > 0) {
         ggml_tensor * parts[2] = { res, inputs.sinks };
-        return ggml_custom_4d(ctx, GGML_TYPE_F32, a.n_embd_v*a.n_head, a.n_tokens*n_stream, 1, 1,
+        res = ggml_custom_4d(ctx, GGML_TYPE_F32, a.n_embd_v*a.n_head, a.n_tokens*n_stream, 1, 1,
             parts, n.has_sinks ? 2 : 1, merge, GGML_N_TASKS_MAX, &n);
     }
+
+    // The view is there in any case: a graph with a merge must have another number of nodes than one without, as that is
+    // what ggml's allocator knows it by. It would take the memory that it planned for one to do for the other.
 
     return ggml_view_2d(ctx, res, a.n_embd_v*a.n_head, a.n_tokens*n_stream, a.n_embd_v*a.n_head*sizeof(float), 0);
 }
