@@ -465,7 +465,7 @@ def test_gemma3(gemma3: Model, botchan_path: Path) -> None:
     _, exact, stats = run(KVMixedParams(hot=256, cold="f16", attn="compose"), expected)
     difference = float(np.abs(exact - plain).max())
     assert stats.n_layer == 3 and stats.n_migrations > 10 and stats.hot_used + stats.cold_used == n_prompt + n_new
-    assert 0 < noise < 2.0 and difference <= 2.5 * noise
+    assert 0 < noise < 4.0 and difference <= 2.5 * noise  # of logits that are 20 and more apart
     # the most likely token is another one only where two are as good as equally likely
     top2 = np.sort(plain, axis=1)[:, -2:]
     differs = exact.argmax(axis=1) != plain.argmax(axis=1)
