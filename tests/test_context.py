@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import sys
 import threading
@@ -640,6 +641,7 @@ def test_grammars_that_can_not_be_used(make_context: MakeContext, grammar: str, 
         make_context().generate("in", sampling=SamplingParams(grammar=grammar))
 
 
+@pytest.mark.skipif("LLAMAMIX_TEST_SANITIZER" in os.environ, reason="libllama's assertions end the process")
 def test_nothing_left_to_draw(tiny_model: Model, make_context: MakeContext) -> None:
     ban_all = dict.fromkeys(range(N_VOCAB), float("-inf"))
     for temperature in (0, 1):
