@@ -67,6 +67,7 @@ def main() -> int:
     env["LLAMAMIX_LIB_PATH"] = str(ROOT / "build" / args.sanitizer / "bin")
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env["LLAMAMIX_TEST_SANITIZER"] = args.sanitizer
+    env["OPENBLAS_NUM_THREADS"] = "1"  # numpy's threads are not instrumented, and would be reported
     # what a sanitizer reports comes out, and is not kept by pytest
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys"]
     command += pytest_args if pytest_args and not pytest_args[0].startswith("-") else [*TESTS, *pytest_args]
