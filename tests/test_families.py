@@ -107,6 +107,10 @@ def noise(models: dict[str, Model]) -> Callable[[str], float]:
     return measure
 
 
+def rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
 def decode_all(context: Context, n_seq: int = 1) -> np.ndarray:
     """A prompt in calls that end anywhere, then token by token; the sequences side by side."""
     ends = [0, 100, 101, 433, 700, N_PROMPT, *range(N_PROMPT + 1, N_TOKENS + 1)]
@@ -433,10 +437,10 @@ def gemma3(gemma3_path: Path) -> Iterator[Model]:
 
 def test_gemma3(gemma3: Model, botchan_path: Path) -> None:
     """Far beyond its window of 512 tokens the same text follows, token by token, in far less memory."""
-    n_prompt, n_new = 1100, 50
+    n_prompt, n_new = 800, 30
     tokens = gemma3.tokenize(botchan_path.read_text(encoding="utf-8")[:12_000])[:n_prompt]
     assert len(tokens) == n_prompt and gemma3.n_swa == 512
-    params = {"n_ctx": 1536, "n_threads": 2, "swa_full": False, "flash_attn": "off"}
+    params = {"n_ctx": 1024, "n_threads": 1, "swa_full": False, "flash_attn": "off"}
 
     def run(kv_mixed: Any, force: list[int] | None = None, shuffle: bool = False) -> tuple[list[int], np.ndarray, Any]:
         more = {"n_seq_max": 2, "kv_unified": True, "swa_full": True} if shuffle else {}
@@ -459,24 +463,27 @@ def test_gemma3(gemma3: Model, botchan_path: Path) -> None:
     assert all(word.isascii() for word in gemma3.detokenize(expected).split())  # it goes on in English
 
     # Activations are rounded to 8 bits in every product with these weights, which makes any difference a large one. How
-    # large: a plain cache with its cells in another order, given the same tokens.
+    # large: a plain cache with its cells in another order, given the same tokens. The root mean square is that of 8
+    # million differences of the same kind; of the 30 tokens they are not independent, hence the factor of test_identity.py.
     _, other, _ = run(False, expected, shuffle=True)
-    noise = float(np.abs(other - plain).max())
-    _, exact, stats = run(KVMixedParams(hot=256, cold="f16", attn="compose"), expected)
-    difference = float(np.abs(exact - plain).max())
+    noise = rms(other - plain)
+    _, exact, stats = run(KVMixedParams(hot=256, group=32, cold="f16", attn="compose"), expected)
     assert stats.n_layer == 3 and stats.n_migrations > 10 and stats.hot_used + stats.cold_used == n_prompt + n_new
-    assert 0 < noise < 4.0 and difference <= 2.5 * noise  # of logits that are 20 and more apart
-    # the most likely token is another one only where two are as good as equally likely
+    assert 0 < noise < 0.1 * plain.std()  # else it would not tell much
+    assert rms(exact - plain) <= 2.5 * noise
+    # the most likely token is another one only where two are as good as equally likely: both logits may be off
+    largest = float(np.abs(exact - plain).max())
     top2 = np.sort(plain, axis=1)[:, -2:]
     differs = exact.argmax(axis=1) != plain.argmax(axis=1)
-    assert not (differs & (top2[:, 1] - top2[:, 0] > 2 * difference)).any()
-    assert differs.mean() < 0.1
+    assert not (differs & (top2[:, 1] - top2[:, 0] > 2 * largest)).any()
+    # noise of rms r swaps two whose distance is below about r, as few as the top two are that close in a plain run
+    assert differs.mean() <= (top2[:, 1] - top2[:, 0] < 4 * noise).mean() + 2 / n_new
 
-    _, q4, stats = run(KVMixedParams(), expected)  # and with the defaults, cold in Q4_0
-    agrees = (q4.argmax(axis=1) == plain.argmax(axis=1)).mean()
-    assert agrees > 0.85
+    # with the defaults, cold in Q4_0: it changes logits far less than they vary
+    _, q4, stats = run(KVMixedParams(), expected)
+    assert rms(q4 - plain) < 0.2 * plain.std()
     # K and V of 3 layers with one head of 256: F16 and Q4_0
-    assert stats.bytes_hot == 3 * 2 * 512 * 512 and stats.bytes_cold == 3 * 2 * (1536 - 512) * 144
+    assert stats.bytes_hot == 3 * 2 * 512 * 512 and stats.bytes_cold == 3 * 2 * (1024 - 512) * 144
     assert stats.bytes_rest == 15 * 2 * 1024 * 512  # a window of 512 and a ubatch of 512, F16
 
 
