@@ -459,5 +459,6 @@ def library_dir() -> Path:
 
 def environment(**changes: str | None) -> dict[str, str]:
     """This process's environment variables without llama.cpp's own, and with changes; None leaves one out."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_", "GGML_"))}
+    own = ("LLAMA_", "GGML_")
+    kept = {name: value for name, value in os.environ.items() if name not in changes and not name.startswith(own)}
     return kept | {name: value for name, value in changes.items() if value is not None}
