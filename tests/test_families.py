@@ -6,7 +6,6 @@ cache, as in test_identity.py, which says how close they must be and why.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from reference import library_dir, rewrite_gguf
 from tiny_model import write_tiny_model
+from tool_modules import TOOLS, load_tool
 
 from llamamix import Context, ContextError, ContextFullError, DecodeAborted, KVMixedParams, MixedKVCache, Model
 from llamamix._ffi import ffi, lib
@@ -491,16 +491,12 @@ def test_gemma3(gemma3: Model, botchan_path: Path) -> None:
 # all architectures
 #
 
-TOOLS = Path(__file__).parent.parent / "tools"
 PAGE = TOOLS.parent / "docs" / "architectures.md"
 
 
 @pytest.fixture(scope="module")
 def architectures() -> Any:
-    spec = importlib.util.spec_from_file_location("architectures", TOOLS / "architectures.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("architectures")
 
 
 def test_all_architectures(architectures: Any, tmp_path: Path) -> None:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-
-TOOL = Path(__file__).parent.parent / "tools" / "peer_tests.py"
+from tool_modules import load_tool
 
 
 @pytest.fixture(scope="module")
 def peer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("peer_tests", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["peer_tests"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("peer_tests")
 
 
 def test_summaries(peer: ModuleType) -> None:

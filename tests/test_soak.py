@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,22 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 from reference import environment
+from tool_modules import TOOLS, load_tool
 
 from llamamix import ServerError
 from llamamix.server import find_server
 
 pytest.importorskip("openai", reason="the openai package is not installed")
 
-TOOL = Path(__file__).parent.parent / "tools" / "soak.py"
+TOOL = TOOLS / "soak.py"
 
 
 @pytest.fixture(scope="module")
 def soak() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("soak", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["soak"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("soak")
 
 
 def test_a_short_soak(tiny_model_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -16,16 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from tool_modules import TOOLS, load_tool
 
-SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "vendor.py"
+SCRIPT = TOOLS.resolve() / "vendor.py"
 
 
 def load_script():
-    spec = importlib.util.spec_from_file_location("llamamix_vendor", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("vendor")
 
 
 vendor = load_script()

@@ -3,7 +3,6 @@
 #include "ggml.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <thread>
@@ -147,6 +146,20 @@ const llama_kv_mixed_attn_kernel * llama_kv_mixed_attn_get_kernel(const char * n
     return nullptr;
 }
 
+void llama_kv_mixed_attn_run(
+    const llama_kv_mixed_attn_kernel & kernel,
+      const llama_kv_mixed_attn_args & args,
+      const llama_kv_mixed_attn_plan & plan,
+                std::atomic<int64_t> & next,
+                               float * partial,
+                               float * scratch) {
+    for (int64_t task0; (task0 = next.fetch_add(plan.n_step, std::memory_order_relaxed)) < plan.n_task;) {
+        for (int64_t task = task0; task < task0 + plan.n_step; ++task) {
+            kernel.task(args, plan, task, partial, scratch);
+        }
+    }
+}
+
 void llama_kv_mixed_attn_compute(const llama_kv_mixed_attn_kernel & kernel, const llama_kv_mixed_attn_args & args, int n_threads) {
     const auto plan = llama_kv_mixed_attn_make_plan(args);
 
@@ -166,11 +179,7 @@ void llama_kv_mixed_attn_compute(const llama_kv_mixed_attn_kernel & kernel, cons
 
     std::atomic<int64_t> next = 0;
     run([&](int i) {
-        for (int64_t task0; (task0 = next.fetch_add(plan.n_step)) < plan.n_task;) {
-            for (int64_t task = task0; task < task0 + plan.n_step; ++task) {
-                kernel.task(args, plan, task, partial.data(), scratch.data() + i*plan.n_scratch);
-            }
-        }
+        llama_kv_mixed_attn_run(kernel, args, plan, next, partial.data(), scratch.data() + i*plan.n_scratch);
     });
 
     if (plan.n_partial > 0) {

@@ -2,6 +2,7 @@
 
 #include "llama-kv-mixed.h"
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -60,6 +61,15 @@ const llama_kv_mixed_attn_kernel * llama_kv_mixed_attn_get_kernel(const char * n
 
 // their names, best first, separated by spaces
 std::string llama_kv_mixed_attn_get_names();
+
+// a thread's share of the tasks; next: the task to be taken next, shared by all threads
+void llama_kv_mixed_attn_run(
+    const llama_kv_mixed_attn_kernel & kernel,
+      const llama_kv_mixed_attn_args & args,
+      const llama_kv_mixed_attn_plan & plan,
+                std::atomic<int64_t> & next,
+                               float * partial,
+                               float * scratch);
 
 // the whole computation on threads of its own, for tests and tools
 void llama_kv_mixed_attn_compute(const llama_kv_mixed_attn_kernel & kernel, const llama_kv_mixed_attn_args & args, int n_threads);

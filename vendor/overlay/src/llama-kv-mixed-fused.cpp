@@ -148,11 +148,7 @@ void llama_kv_mixed_fused::compute(ggml_tensor * dst, int ith, int /*nth*/, void
     float * partial = a.dst + a.n_embd_v*a.n_head*a.n_tokens*a.n_stream;
     float * scratch = partial + n.plan.n_task*n.plan.n_partial + ith*n.plan.n_scratch;
 
-    for (int64_t task0; (task0 = n.next.fetch_add(n.plan.n_step, std::memory_order_relaxed)) < n.plan.n_task;) {
-        for (int64_t task = task0; task < task0 + n.plan.n_step; ++task) {
-            n.kernel->task(a, n.plan, task, partial, scratch);
-        }
-    }
+    llama_kv_mixed_attn_run(*n.kernel, a, n.plan, n.next, partial, scratch);
 }
 
 void llama_kv_mixed_fused::merge(ggml_tensor * dst, int ith, int nth, void * userdata) {
