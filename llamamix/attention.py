@@ -45,6 +45,7 @@ def attention(
     scale: float | None = None,
     logit_softcap: float = 0.0,
     max_bias: float = 0.0,
+    n_rot: tuple[int, int] = (0, 0),
     n_threads: int = 1,
     isa: str | None = None,
 ) -> np.ndarray:
@@ -54,13 +55,17 @@ def attention(
     scale          None: 1 / sqrt(n_embd_k)
     logit_softcap  scores are capped to softcap * tanh(score / softcap), 0: they are not
     max_bias       ALiBi: heads multiply the mask by slopes up to 2**-(max_bias / n_head), 0: by 1
+    n_rot          cold rows of K and of V are rotated by the orthonormal Walsh-Hadamard matrix, in blocks of so many
+                   values: a power of 2 from 16 that divides the head; 0: they are not. The result is that of rows
+                   rotated back
     isa            one of isas(), None: the best
 
     Raises ParamsError.
     """
     return Attention(
-        q, cold, hot, types=types, mask=mask, sinks=sinks, scale=scale, logit_softcap=logit_softcap, max_bias=max_bias
-    ).compute(n_threads, isa)
+        q, cold, hot, types=types, mask=mask, sinks=sinks, scale=scale, logit_softcap=logit_softcap, max_bias=max_bias,
+        n_rot=n_rot,
+    ).compute(n_threads, isa)  # fmt: skip
 
 
 class Attention:
@@ -78,6 +83,7 @@ class Attention:
         scale: float | None = None,
         logit_softcap: float = 0.0,
         max_bias: float = 0.0,
+        n_rot: tuple[int, int] = (0, 0),
     ) -> None:
         q = _array("q", q, ("float32",), 4)
         n_stream, n_tokens, n_head, n_embd_k = q.shape
@@ -109,6 +115,12 @@ class Attention:
             check_float(value, name, 0.0)
         if scale is not None:
             check_float(scale, "scale")
+        if not isinstance(n_rot, tuple) or len(n_rot) != 2:
+            raise ParamsError(f"n_rot must be a pair, the blocks of K and of V, not {n_rot!r}.")
+        for n, n_embd in zip(n_rot, (n_embd_k, n_embd_v), strict=True):
+            check_int(n, "n_rot", 0, n_embd)
+            if n and (n < 16 or n & (n - 1) or n_embd % n):
+                raise ParamsError(f"n_rot must be powers of 2 from 16 that divide the heads of {n_embd} values, not {n}.")
 
         self._out = np.empty((n_stream, n_tokens, n_head, n_embd_v), np.float32)
         # the arrays live as long as the pointers to them
@@ -131,6 +143,7 @@ class Attention:
         args.scale = 1 / math.sqrt(n_embd_k) if scale is None else scale
         args.logit_softcap = logit_softcap
         args.max_bias = max_bias
+        args.n_rot_k, args.n_rot_v = n_rot
         args.dst = _pointer(self._out, "float *")
 
     def compute(self, n_threads: int = 1, isa: str | None = None) -> np.ndarray:

@@ -511,8 +511,9 @@ class MixedKVCache(KVCache):
     def from_context(cls, context: Context) -> MixedKVCache:
         """The mixed cache of a context, which stays open as long as the context does.
 
-        Rows are as the library keeps them: when the cold type is quantised and the head size is a multiple of 64, hot
-        and cold rows are rotated by a Hadamard matrix. Tokens that are committed by hand have no rows until these are
+        Rows are as the library keeps them: when the cold type is quantised and the head size is a multiple of 64, cold
+        rows are rotated by a Hadamard matrix (K in blocks of the largest power of 2 that divides the head, V in blocks
+        of 64). Tokens that are committed by hand have no rows until these are
         written.
 
         Raises ParamsError when the context's cache is a plain one.

@@ -14,6 +14,7 @@ struct request {
     struct { int64_t type_k, type_v, n_kv, row_k, row_v; } seg[2]; // bytes of a row of one head
     int64_t mask;                                                  // bytes of an element, 0: no mask
     int64_t sinks;                                                 // 1: there are some
+    int64_t n_rot_k, n_rot_v;
     double  scale, logit_softcap, max_bias;
 };
 
@@ -50,6 +51,8 @@ int main() {
         a.scale         = (float) r.scale;
         a.logit_softcap = (float) r.logit_softcap;
         a.max_bias      = (float) r.max_bias;
+        a.n_rot_k       = r.n_rot_k;
+        a.n_rot_v       = r.n_rot_v;
 
         const auto q = read<float>(r.n_stream*r.n_tokens*r.n_head*r.n_embd_k);
         a.q       = q.data();

@@ -44,6 +44,7 @@ def compute(
     scale: float,
     logit_softcap: float,
     max_bias: float,
+    n_rot: tuple[int, int],
 ) -> np.ndarray:
     """attention() of arrays as that takes them; segments: types and rows of K and V, cold and hot."""
     n_stream, n_tokens, n_head, n_embd_k = q.shape
@@ -56,9 +57,9 @@ def compute(
     n_embd_v = hot_v.shape[3]  # hot rows are not quantised
     arrays += [x for x in (mask, sinks) if x is not None]
     header = struct.pack(
-        "16s19q3d", isa.removeprefix("emulated ").encode(), n_threads, n_embd_k, n_embd_v, n_head,
+        "16s21q3d", isa.removeprefix("emulated ").encode(), n_threads, n_embd_k, n_embd_v, n_head,
         segments[0][0][1].shape[2], n_tokens, n_stream, *sizes, 0 if mask is None else mask.itemsize,
-        int(sinks is not None), scale, logit_softcap, max_bias,
+        int(sinks is not None), *n_rot, scale, logit_softcap, max_bias,
     )  # fmt: skip
     process = _process()
     process.stdin.write(b"".join([header, *(np.ascontiguousarray(x).tobytes() for x in arrays)]))

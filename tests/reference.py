@@ -289,7 +289,7 @@ def quantise(rows: np.ndarray, kv_type: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Storage:
-    """The types that rows are stored in, and whether they are rotated first (None: as the library does)."""
+    """The types that rows are stored in, and whether cold ones are rotated first (None: as the library does)."""
 
     hot: str = "f32"
     cold_k: str = "q4_0"
@@ -311,7 +311,8 @@ class Storage:
 # the forward pass
 #
 
-# called for each layer with hot K, cold K, hot V, cold V, float64 [n_tokens, n_head_kv, head_size]; may change them
+# called for each layer with K before and after it is quantised, then V, float64 [n_tokens, n_head_kv, head_size]; may
+# change what is cold
 Tamper = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 
 
@@ -351,17 +352,18 @@ class Llama:
         for i in range(self.n_layer):
             h = self._norm(x) * w[f"blk.{i}.attn_norm"]
             q, k, v = (self._heads(h @ w[f"blk.{i}.attn_{name}"].T) for name in "qkv")
-            q, k = _rope(q, cos, sin) @ rot_k, _rope(k, cos, sin) @ rot_k
-            k, v = quantise(k, storage.hot), quantise(v @ rot_v, storage.hot)
-            k_cold, v_cold = quantise(k, storage.cold_k), quantise(v, storage.cold_v)
+            q, k = _rope(q, cos, sin), _rope(k, cos, sin)
+            k, v = quantise(k, storage.hot), quantise(v, storage.hot)
+            k_rot, v_rot = k @ rot_k, v @ rot_v
+            k_cold, v_cold = quantise(k_rot, storage.cold_k), quantise(v_rot, storage.cold_v)
             if tamper:
-                tamper(i, k, k_cold, v, v_cold)
+                tamper(i, k_rot, k_cold, v_rot, v_cold)
             heads = []
             for head in range(self.n_head):
                 kv = head // (self.n_head // self.n_head_kv)
-                score = np.where(cold, q[:, head] @ k_cold[:, kv].T, q[:, head] @ k[:, kv].T)
+                score = np.where(cold, q[:, head] @ rot_k @ k_cold[:, kv].T, q[:, head] @ k[:, kv].T)
                 p = _softmax(np.where(visible, score / np.sqrt(self.head_size), -np.inf))
-                heads.append(((p * ~cold) @ v[:, kv] + (p * cold) @ v_cold[:, kv]) @ rot_v)
+                heads.append((p * ~cold) @ v[:, kv] + (p * cold) @ v_cold[:, kv] @ rot_v)
             x = x + np.concatenate(heads, axis=1) @ w[f"blk.{i}.attn_output"].T
             h = self._norm(x) * w[f"blk.{i}.ffn_norm"]
             gate, up = h @ w[f"blk.{i}.ffn_gate"].T, h @ w[f"blk.{i}.ffn_up"].T

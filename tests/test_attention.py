@@ -21,6 +21,7 @@ from typing import Any
 import emulated
 import numpy as np
 import pytest
+from reference import rotation
 
 from llamamix import ParamsError, ggml
 from llamamix._ffi import ffi, lib
@@ -68,6 +69,8 @@ AXES: dict[str, tuple[Any, ...]] = {
     "sinks": (False, True),
     "q_size": (0.3, 2.0, 8.0),  # 8: nearly all the weight is on a cell
     "layout": ("cells", "heads"),  # what lies next to each other
+    "n_rot_k": (0, 16, 64, 128),  # how cold rows are rotated
+    "n_rot_v": (0, 16, 64, 128),
 }
 
 
@@ -93,6 +96,8 @@ class Case:
     sinks: bool = False
     q_size: float = 2.0
     layout: str = "cells"
+    n_rot_k: int = 0
+    n_rot_v: int = 0
     seed: int = 0
 
     def __str__(self) -> str:
@@ -120,7 +125,9 @@ def is_possible(values: dict[str, Any]) -> bool:
         n_embd, kv_type = values.get(f"n_embd_{which}"), values.get(f"cold_{which}")
         if n_embd and kv_type not in (None, "f32", "f16", "bf16") and n_embd % BLOCK != 0:
             return False
-    small = {"n_embd_k": 16, "n_embd_v": 16, "n_head_kv": 1, "n_cold": 1, "n_hot": 1, "n_gqa": 1}
+        if n_embd and n_embd % (values.get(f"n_rot_{which}") or 1) != 0:
+            return False
+    small = {"n_embd_k": 16, "n_embd_v": 16} | {f"n_embd_{x}": values.get(f"n_rot_{x}") or 16 for x in "kv"} | {"n_head_kv": 1, "n_cold": 1, "n_hot": 1, "n_gqa": 1}
     return values.get("n_cold", 1) + values.get("n_hot", 1) > 0 and Case(**small | values).cost <= COST_MAX
 
 
@@ -171,12 +178,12 @@ class Data:
             rows = (self.cold, self.hot)
             return emulated.compute(
                 isa, n_threads, self.q, [tuple(zip(*x, strict=True)) for x in zip(types, rows, strict=True)], self.mask,
-                self.sinks, self.scale, c.logit_softcap, c.max_bias,
+                self.sinks, self.scale, c.logit_softcap, c.max_bias, (c.n_rot_k, c.n_rot_v),
             )  # fmt: skip
         return attention(
             self.q, self.cold, self.hot, types=((c.cold_k, c.cold_v), (c.hot_k, c.hot_v)), mask=self.mask,
-            sinks=self.sinks, scale=self.scale, logit_softcap=c.logit_softcap, max_bias=c.max_bias, n_threads=n_threads,
-            isa=isa,
+            sinks=self.sinks, scale=self.scale, logit_softcap=c.logit_softcap, max_bias=c.max_bias,
+            n_rot=(c.n_rot_k, c.n_rot_v), n_threads=n_threads, isa=isa,
         )  # fmt: skip
 
 
@@ -210,6 +217,13 @@ def make_mask(rng: np.random.Generator, case: Case) -> np.ndarray | None:
         return np.where(seen, bias, -np.inf).astype(case.mask_dtype)
 
 
+def rotations(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """What cold rows of K and V are multiplied with: matrices that are their own inverses."""
+    sides = ((case.n_rot_k, case.n_embd_k), (case.n_rot_v, case.n_embd_v))
+    k, v = (rotation(n, n_embd) if n else np.eye(n_embd) for n, n_embd in sides)
+    return k, v
+
+
 def make_data(case: Case) -> Data:
     rng = np.random.default_rng(case.seed)
     shape = (case.n_stream, case.n_tokens, case.n_gqa * case.n_head_kv, case.n_embd_k)
@@ -220,6 +234,7 @@ def make_data(case: Case) -> Data:
     (kh, kh_f), (vh, vh_f) = (
         make_rows(rng, case, case.n_hot, t, n) for t, n in ((case.hot_k, case.n_embd_k), (case.hot_v, case.n_embd_v))
     )
+    kc_f, vc_f = (x @ r for x, r in zip((kc_f, vc_f), rotations(case), strict=True))
     sinks = rng.normal(size=shape[2]).astype(np.float32) + 1 if case.sinks else None
     k, v = np.concatenate([kc_f, kh_f], axis=1), np.concatenate([vc_f, vh_f], axis=1)
     scale = float(np.float32(1 / math.sqrt(case.n_embd_k)))
@@ -292,6 +307,19 @@ def bounds(data: Data, expected: Expected) -> tuple[np.ndarray, float]:
     o = p @ v
     n_kv = p.shape[-1]
 
+    # cold rows are met as they are stored, by a query that is rotated, and their sum is rotated back
+    rot_k, rot_v = rotations(c)
+    cold, hot = slice(0, c.n_cold), slice(c.n_cold, n_kv)
+    q_cold, k_cold, v_cold = q @ rot_k, rot_k @ k[..., cold], v[..., cold, :] @ rot_v
+
+    def dot(f: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """f(Q) f(K^T), of numbers as the kernel multiplies them."""
+        return np.concatenate([f(q_cold) @ f(k_cold), f(q) @ f(k[..., hot])], axis=-1)
+
+    def out(f: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """f(P) f(V), likewise."""
+        return f(p[..., cold]) @ f(v_cold) @ f(rot_v) + f(p[..., hot]) @ f(v[..., hot, :])
+
     def sum_abs(w: np.ndarray) -> np.ndarray:
         """Of w (v - o), at most."""
         return w @ np.abs(v) + w.sum(axis=-1, keepdims=True) * np.abs(o)
@@ -311,24 +339,39 @@ def bounds(data: Data, expected: Expected) -> tuple[np.ndarray, float]:
     n = c.n_embd_k
     cap = 1.0 if not c.logit_softcap else 1 - np.square(np.tanh(expected.dot / c.logit_softcap))
     other = U * (np.abs(x) + 4 * below) + EXP + 4.2e-7 * c.logit_softcap  # tanh: e^2x, and a quotient
-    worst = p * (U * (n + 4) * data.scale * cap * (np.abs(q) @ np.abs(k)) + U * np.abs(x) + other)
-    typical = p * (U * math.sqrt(n / 6 + 4) * data.scale * cap * np.sqrt(np.square(q) @ np.square(k)) + U * np.abs(x))
+    worst = p * (U * (n + 4) * data.scale * cap * dot(np.abs) + U * np.abs(x) + other)
+    typical = p * (U * math.sqrt(n / 6 + 4) * data.scale * cap * np.sqrt(dot(np.square)) + U * np.abs(x))
     worst_out = 2 * sum_abs(worst)  # 2: what is not linear
     square = sum_sq(typical + p * other / 2) + np.square(sum_abs(p * EXP / 4))
 
     # The sums of p v and p, in F32 as well; the latter has no signs, so that partial sums grow with i.
-    worst_out += 2 * U * (n_kv + 20) * (p @ np.abs(v))
-    square += np.square(U) * (n_kv / 6 * (np.square(p) @ np.square(v)) + (n_kv / 12 + 8) * np.square(o))
+    worst_out += 2 * U * (n_kv + 20) * out(np.abs)
+    square += np.square(U) * (n_kv / 6 * out(np.square) + (n_kv / 12 + 8) * np.square(o))
+
+    def with_cold(e: np.ndarray) -> np.ndarray:
+        """What an error of the dot products with cold rows makes of the weights."""
+        return p * data.scale * cap * np.concatenate([e, np.zeros((*e.shape[:-1], c.n_hot))], axis=-1)
+
+    # A rotation adds and subtracts up to 16 values, then two such sums at a time, and multiplies by a rounded root.
+    if c.n_rot_k:
+        n_sums = 16 + math.log2(c.n_rot_k / 16) + 2
+        worst_out += 2 * sum_abs(with_cold(U * n_sums * (np.abs(q) @ np.abs(rot_k) @ np.abs(k_cold))))
+        square += sum_sq(with_cold(U * np.sqrt(n_sums / 6 * (np.square(q) @ np.square(rot_k) @ np.square(k_cold)))))
+    if c.n_rot_v:
+        n_sums = 16 + math.log2(c.n_rot_v / 16) + 2
+        o_cold = p[..., cold] @ v_cold
+        worst_out += U * n_sums * (np.abs(o_cold) @ np.abs(rot_v))
+        square += np.square(U) * n_sums / 6 * (np.square(o_cold) @ np.square(rot_v))
 
     if c.direct and c.cold_k == "q4_0" and n % (2 * BLOCK) == 0:
         # The query is rounded to whole steps of 1/127 of a block's largest value. What random roundings of that kind
         # do on the average is taken from the reference.
-        blocks = q.reshape(*q.shape[:-1], -1, BLOCK)
+        blocks = q_cold.reshape(*q.shape[:-1], -1, BLOCK)
         step = np.repeat(np.abs(blocks).max(axis=-1) / 127, BLOCK, axis=-1)
-        e = data.scale * cap * ((step / 2) @ np.abs(k))
-        e[..., c.n_cold :] = 0
-        worst_out += 2 * sum_abs(p * e)
-        square += np.square(rms_of_roundings(data, expected, step))
+        worst_out += 2 * sum_abs(with_cold((step / 2) @ np.abs(k_cold)))
+        rng = np.random.default_rng(1)
+        samples = [with_cold((step * rng.uniform(-0.5, 0.5, step.shape)) @ k_cold) for _ in range(16)]
+        square += np.mean([np.square(w @ v - w.sum(axis=-1, keepdims=True) * o).mean() for w in samples])
 
     if c.direct and c.cold_v == "q4_0" and c.n_cold > 0:
         # A weight times its block's scale is rounded to a whole number of units. A unit is the 32767th part of the
@@ -342,27 +385,11 @@ def bounds(data: Data, expected: Expected) -> tuple[np.ndarray, float]:
             unit = np.repeat(2 * most * d_tile / 32767, BLOCK, axis=-1)
             with np.errstate(invalid="ignore", divide="ignore"):
                 d_cells = np.repeat(d[:, tile].transpose(0, 2, 1, 3), BLOCK, axis=-1)[:, :, None]
-                code = np.nan_to_num(v[..., tile, :] / d_cells)
-            worst_out += 0.51 * unit * np.abs(code).sum(axis=-2, keepdims=True)
-            square += np.square(unit) / 12 * np.square(code).sum(axis=-2, keepdims=True)
+                code = np.nan_to_num(v_cold[..., tile, :] / d_cells)
+            worst_out += 0.51 * (unit * np.abs(code).sum(axis=-2, keepdims=True)) @ np.abs(rot_v)
+            square += (np.square(unit) / 12 * np.square(code).sum(axis=-2, keepdims=True)) @ np.square(rot_v)
 
     return to_out(c, worst_out), math.sqrt(square.mean())
-
-
-def rms_of_roundings(data: Data, expected: Expected, step: np.ndarray, n: int = 16) -> float:
-    """What the outputs change when the query meets cold cells with an error of up to half a step."""
-    c = data.case
-    rng = np.random.default_rng(1)
-    _, k, v = by_kv_head(data, data.q)
-    cap = 1.0 if not c.logit_softcap else 1 - np.square(np.tanh(expected.dot / c.logit_softcap))
-    o = expected.p @ v
-    total = 0.0
-    for _ in range(n):
-        e = (step * rng.uniform(-0.5, 0.5, step.shape)) @ k * data.scale * cap
-        e[..., c.n_cold :] = 0
-        w = expected.p * e
-        total += np.square(w @ v - w.sum(axis=-1, keepdims=True) * o).mean()
-    return math.sqrt(total / n)
 
 
 # Root mean squares are over at least 16 outputs of one query row, which may all have a few common causes; those of many
@@ -640,6 +667,9 @@ TAMPERS: dict[str, Callable[[Data], Data]] = {
     "halves of K swapped": halves_swapped,
     "heads swapped": lambda data: replace(data, hot=(data.hot[0], data.hot[1][:, :, ::-1])),
     "cold for hot": lambda data: replace(data, hot=(data.hot[0], data.hot[1][:, ::-1])),
+    "K not rotated": with_case(n_rot_k=0),
+    "V not rotated": with_case(n_rot_v=0),
+    "rotated in smaller blocks": with_case(n_rot_v=32),
 }
 
 
@@ -647,7 +677,7 @@ TAMPERS: dict[str, Callable[[Data], Data]] = {
 @pytest.mark.parametrize("name", TAMPERS)
 def test_small_mistakes_would_show(name: str, n_tokens: int) -> None:
     cold_k = "q4_0" if name == "halves of K swapped" else "f16"
-    data = make_data(Case(cold_k=cold_k, n_tokens=n_tokens, sinks=True, logit_softcap=20.0, q_size=1.0))
+    data = make_data(Case(cold_k=cold_k, n_tokens=n_tokens, sinks=True, logit_softcap=20.0, q_size=1.0, n_rot_k=64, n_rot_v=64))
     expected = reference(data)
     limits = bounds(data, expected)
     assert_within(data.compute(), data, expected, limits)
@@ -788,6 +818,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_bias": math.inf}, "max_bias must be a finite number"),
     ({"n_threads": 0}, "n_threads must be from 1 to 512, not 0"),
     ({"n_threads": 1.5}, "n_threads must be a whole number"),
+    ({"n_rot": 64}, "n_rot must be a pair, the blocks of K and of V, not 64"),
+    ({"n_rot": (0, 24)}, "n_rot must be powers of 2 from 16 that divide the heads of 64 values, not 24"),
+    ({"n_rot": (8, 0)}, "n_rot must be powers of 2 from 16 that divide the heads of 64 values, not 8"),
+    ({"n_rot": (128, 0)}, "n_rot must be from 0 to 64, not 128"),
     ({"isa": "sse2"}, "isa must be one of .*, not 'sse2'"),
     ({"isa": ""}, "isa must be one of .*, not ''"),
 ]
@@ -847,6 +881,10 @@ def args_of(field: str, value: Any) -> tuple[Any, int]:
         ("cold.n_kv", -1, "n_kv is negative"),
         ("cold.type_k", 10, "the type 10 is not a KV cache type"),
         ("cold.type_v", -1, "the type -1 is not a KV cache type"),
+        ("n_rot_k", 8, "blocks of 8 values can not be rotated in heads of 64"),
+        ("n_rot_k", 48, "blocks of 48 values can not be rotated in heads of 64"),
+        ("n_rot_v", 128, "blocks of 128 values can not be rotated in heads of 64"),
+        ("n_rot_v", -1, "blocks of -1 values can not be rotated in heads of 64"),
         ("n_embd_k", 40, "a head of 40 values is not made of whole blocks of q4_0"),
         ("n_embd_v", 33, "a head of 33 values is not made of whole blocks of q4_0"),
     ],

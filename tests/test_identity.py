@@ -257,9 +257,9 @@ def test_several_sequences(
 
 
 @pytest.mark.parametrize("flash_attn", ["off", "on"])
-@pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize(("kv_type", "cold"), [("f32", "f32"), ("f16", "f16"), ("bf16", "bf16"), ("f16", "q4_0")])
 @pytest.mark.parametrize("n_seq", [1, 3])
-def test_all_hot_is_equal_bit_by_bit(n_seq: int, kv_type: str, flash_attn: str, models: Callable) -> None:
+def test_all_hot_is_equal_bit_by_bit(n_seq: int, kv_type: str, cold: str, flash_attn: str, models: Callable) -> None:
     def run(kv_mixed: Any) -> np.ndarray:
         params = {"type_k": kv_type, "type_v": kv_type, "flash_attn": flash_attn, "n_seq_max": n_seq}
         with Context(models("gqa"), n_ctx=n_seq * 512, n_threads=1, kv_mixed=kv_mixed, **params) as context:
@@ -273,8 +273,7 @@ def test_all_hot_is_equal_bit_by_bit(n_seq: int, kv_type: str, flash_attn: str, 
                 assert context.stats.n_migrations == 0
             return np.concatenate(rows)
 
-    # (for a quantised cold type hot rows are rotated, and equal only up to rounding)
-    kv_mixed = KVMixedParams(hot=512, threshold=1.0, cold=kv_type, attn="compose")
+    kv_mixed = KVMixedParams(hot=512, threshold=1.0, cold=cold, attn="compose")
     assert run(kv_mixed).tobytes() == run(False).tobytes()
 
 

@@ -73,10 +73,13 @@ class Parts:
         n_stream = take("n_stream", 4)
         whole = take("whole", 4)
         take("on_device", 4)
-        for _tier in range(2):
+        for tier in range(2):
             for _ in range(2 * take("n_layer", 4)):
                 take("type", 4)
                 take("row_size", 8)
+            if tier == 1:
+                take("n_rot_k", 8)
+                take("n_rot_v", 8)
             for _stream in range(n_stream):
                 n = take("n", 4)
                 take("head", 4)
@@ -531,7 +534,9 @@ def test_damaged_files(seq_id: int | None, make_context: MakeContext, tmp_path: 
     assert load() and context.memory.seq_pos_max(0) == 118
 
 
-def test_states_of_other_contexts(make_context: MakeContext, tmp_path: Path) -> None:
+def test_states_of_other_contexts(
+    make_context: MakeContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Refused with the reason, and the cache is as it was."""
     params = contexts_params(True)
     context = used(make_context(**params))
@@ -560,6 +565,12 @@ def test_states_of_other_contexts(make_context: MakeContext, tmp_path: Path) -> 
     ):
         with Model(write_tiny_model(tmp_path / "other.gguf", **changes)) as model:
             refused(make_context(model, n_ctx=512, kv_mixed=shape), reason)
+
+    monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
+    refused(
+        make_context(n_ctx=512, kv_mixed=shape),
+        r"cold rows rotated in blocks of 0 \(K\) and 0 \(V\) values, this cache has 64 and 64 .* LLAMA_ATTN_ROT_DISABLE",
+    )
 
     # and the other way round: upstream's plain cache has a word for it as well
     plain = make_context(n_ctx=512)

@@ -329,6 +329,11 @@ struct llama_kv_mixed_attn_args {
 
     struct llama_kv_mixed_attn_segment seg[2]; // cold, hot
 
+    // Rows of seg[0] are rotated by the orthonormal Walsh-Hadamard matrix, in blocks of so many values of a head: a power of
+    // 2 from 16; 0: they are not
+    int64_t n_rot_k;
+    int64_t n_rot_v;
+
     const void * mask; // cells of seg[0], then those of seg[1]; f16 or f32; null: nothing is masked
     bool mask_f16;
     size_t nb_mask[2]; // bytes from one token, stream to the next

@@ -157,11 +157,12 @@ llama_kv_cache_mixed::llama_kv_cache_mixed(
                        uint32_t   n_seq_max,
                        uint32_t   n_pad,
           const layer_filter_cb & filter,
-           const layer_reuse_cb & reuse) :
+           const layer_reuse_cb & reuse,
+                     bool   rotate) :
     llama_kv_cache_mixed(
             model, hparams, type_k, type_v,
             make_setup(hparams, type_k, type_v, params, n_ctx_seq, unified ? n_seq_max : 1, n_pad, filter),
-            offload, unified, n_ctx_seq, n_seq_max, n_pad, filter, reuse) {
+            offload, unified, n_ctx_seq, n_seq_max, n_pad, filter, reuse, rotate) {
 }
 
 // note: rows of V are never transposed, quantised ones can not be
@@ -177,7 +178,8 @@ llama_kv_cache_mixed::llama_kv_cache_mixed(
                        uint32_t   n_seq_max,
                        uint32_t   n_pad,
           const layer_filter_cb & filter,
-           const layer_reuse_cb & reuse) :
+           const layer_reuse_cb & reuse,
+                     bool   rotate) :
     llama_kv_cache(
             model, hparams, type_k, type_v, /*v_trans*/ false, offload, unified, su.params.n_hot, n_seq_max, n_pad,
             0, LLAMA_SWA_TYPE_NONE, nullptr, filter, reuse, nullptr, "hot_"),
@@ -195,10 +197,25 @@ llama_kv_cache_mixed::llama_kv_cache_mixed(
             model, hparams, type_cold_k, type_cold_v, /*v_trans*/ false, offload, unified, params.n_cold, n_seq_max, n_pad,
             0, LLAMA_SWA_TYPE_NONE, nullptr, filter, reuse, nullptr, "cold_");
 
-    // hot rows are rotated as cold ones are
-    attn_rot_k        = kv_cold->attn_rot_k;
-    attn_rot_v        = kv_cold->attn_rot_v;
-    attn_rot_hadamard = kv_cold->attn_rot_hadamard;
+    if (!rotate) {
+        kv_cold->attn_rot_k = false;
+        kv_cold->attn_rot_v = false;
+    }
+
+    // the matrices that upstream's graphs would get
+    {
+        ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+
+        const ggml_tensor * rot_k = kv_cold->build_input_k_rot(ctx.get());
+        const ggml_tensor * rot_v = kv_cold->build_input_v_rot(ctx.get());
+
+        n_rot_k = rot_k ? rot_k->ne[0] : 0;
+        n_rot_v = rot_v ? rot_v->ne[0] : 0;
+    }
+
+    const auto get_rot = [this](int64_t n_rot) {
+        return n_rot > 0 ? kv_cold->attn_rot_hadamard.at(n_rot).data() : nullptr;
+    };
 
     std::vector<llama_kv_mixed_mover::pair> pairs;
 
@@ -206,10 +223,11 @@ llama_kv_cache_mixed::llama_kv_cache_mixed(
         const auto & hot  = kv_hot ->layers[i];
         const auto & cold = kv_cold->layers[i];
 
-        for (const auto & [src, dst] : { std::make_pair(hot.k, cold.k), std::make_pair(hot.v, cold.v) }) {
-            pairs.push_back({ src, dst });
+        pairs.push_back({ hot.k, cold.k, n_rot_k, get_rot(n_rot_k) });
+        pairs.push_back({ hot.v, cold.v, n_rot_v, get_rot(n_rot_v) });
 
-            bytes_plain += (uint64_t) ggml_row_size(src->type, src->ne[0])*n_ctx_seq*src->ne[2];
+        for (const ggml_tensor * t : { hot.k, hot.v }) {
+            bytes_plain += (uint64_t) ggml_row_size(t->type, t->ne[0])*n_ctx_seq*t->ne[2];
         }
     }
 
@@ -245,6 +263,14 @@ const llama_kv_mixed_params & llama_kv_cache_mixed::get_params() const {
 
 uint32_t llama_kv_cache_mixed::get_n_ctx_seq() const {
     return n_ctx_seq;
+}
+
+int64_t llama_kv_cache_mixed::get_n_rot_k() const {
+    return n_rot_k;
+}
+
+int64_t llama_kv_cache_mixed::get_n_rot_v() const {
+    return n_rot_v;
 }
 
 llama_kv_mixed_stats llama_kv_cache_mixed::get_stats() const {
@@ -323,6 +349,21 @@ llama_kv_mixed_event llama_kv_cache_mixed::make_event(
     return res;
 }
 
+// the fast Walsh-Hadamard transform in blocks of n values, orthonormal and its own inverse
+static void rotate(std::vector<float> & x, size_t n) {
+    for (size_t h = 1; h < n; h *= 2) {
+        for (size_t i = 0; i < x.size(); ++i) {
+            if ((i & h) == 0) {
+                const float a = x[i]    *0.70710678f;
+                const float b = x[i + h]*0.70710678f;
+
+                x[i]     = a + b;
+                x[i + h] = a - b;
+            }
+        }
+    }
+}
+
 void llama_kv_cache_mixed::measure_error(
                                     uint32_t   strm,
                const std::vector<uint32_t> & src,
@@ -363,12 +404,13 @@ void llama_kv_cache_mixed::measure_error(
     std::vector<float> row_src;
     std::vector<float> row_dst;
 
-    const auto compare = [&](const ggml_tensor * t_src, const ggml_tensor * t_dst) {
+    const auto compare = [&](const ggml_tensor * t_src, const ggml_tensor * t_dst, int64_t n_rot) {
         error res;
 
         for (size_t i = 0; i < src.size(); ++i) {
             get_row(t_src, src[i], row_src);
             get_row(t_dst, dst[i], row_dst);
+            rotate(row_dst, n_rot);
 
             for (size_t j = 0; j < row_src.size(); ++j) {
                 const float d = std::fabs(row_src[j] - row_dst[j]);
@@ -390,8 +432,8 @@ void llama_kv_cache_mixed::measure_error(
         const auto & hot  = kv_hot ->layers[i];
         const auto & cold = kv_cold->layers[i];
 
-        const error k = compare(hot.k_stream[strm], cold.k_stream[strm]);
-        const error v = compare(hot.v_stream[strm], cold.v_stream[strm]);
+        const error k = compare(hot.k_stream[strm], cold.k_stream[strm], n_rot_k);
+        const error v = compare(hot.v_stream[strm], cold.v_stream[strm], n_rot_v);
 
         k_all.add(k);
         v_all.add(v);
@@ -927,7 +969,7 @@ std::string llama_kv_cache_mixed::describe_use() const {
 
 class llm_graph_input_k_shift_mixed : public llm_graph_input_i {
 public:
-    llm_graph_input_k_shift_mixed(const llama_kv_cache * kv, const llama_kv_cache * kv_rot) : kv(kv), kv_rot(kv_rot) {}
+    llm_graph_input_k_shift_mixed(const llama_kv_cache * kv) : kv(kv) {}
     virtual ~llm_graph_input_k_shift_mixed() = default;
 
     void set_input(const llama_ubatch * ubatch) override {
@@ -937,7 +979,7 @@ public:
             kv->set_input_k_shift(k_shift);
         }
         if (k_rot && k_rot->buffer) {
-            kv_rot->set_input_k_rot(k_rot);
+            kv->set_input_k_rot(k_rot);
         }
     }
 
@@ -945,7 +987,6 @@ public:
     ggml_tensor * k_rot;   // F32 [n_rot, n_rot], null when the rows are not rotated
 
     const llama_kv_cache * kv;
-    const llama_kv_cache * kv_rot;
 };
 
 ggml_cgraph * llama_kv_cache_mixed::build_graph_shift(llm_graph_result * res, llama_context * lctx) const {
@@ -955,14 +996,14 @@ ggml_cgraph * llama_kv_cache_mixed::build_graph_shift(llm_graph_result * res, ll
     const auto & cparams = lctx->get_cparams();
 
     for (const llama_kv_cache * kv : { kv_hot, kv_cold.get() }) {
-        auto inp = std::make_unique<llm_graph_input_k_shift_mixed>(kv, kv_cold.get());
+        auto inp = std::make_unique<llm_graph_input_k_shift_mixed>(kv);
 
         const int64_t n_cells = (int64_t) kv->get_size()*kv->get_n_stream();
 
         inp->k_shift = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_cells);
         ggml_set_input(inp->k_shift);
 
-        inp->k_rot = kv_cold->build_input_k_rot(ctx);
+        inp->k_rot = kv->build_input_k_rot(ctx);
 
         for (const auto & layer : kv->layers) {
             const uint32_t il = layer.il;

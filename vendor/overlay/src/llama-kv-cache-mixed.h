@@ -23,14 +23,15 @@
 // - every (sequence, position) is in exactly one of the two
 // - within a sequence everything in cold is older than everything in hot, except the pinned sinks
 //
-// when the cold type is rotated before it is quantised, hot holds rotated rows as well: both sides live in one space,
-// and a migration is a plain copy
+// rows that are quantised are rotated before that, as upstream does it; those in hot are not: short texts are computed as
+// in a plain cache, and the attention over both rotates what meets cold rows
 
 class llama_kv_cache_mixed : public llama_kv_cache {
 public:
     // type_k, type_v: the hot types
     // n_ctx_seq:      the tokens that one stream must be able to hold
     // n_pad:          the numbers of cells must be multiples of this
+    // rotate:         false: no rows are rotated, whatever the types
     // throws std::runtime_error with one sentence when the model or the parameters do not allow a mixed cache
     llama_kv_cache_mixed(
                   const llama_model & model,
@@ -44,7 +45,8 @@ public:
                            uint32_t   n_seq_max,
                            uint32_t   n_pad,
               const layer_filter_cb & filter,
-               const layer_reuse_cb & reuse);
+               const layer_reuse_cb & reuse,
+                         bool   rotate = true);
 
     ~llama_kv_cache_mixed() = default;
 
@@ -110,6 +112,10 @@ public:
     // when what is left of the batch does not fit anyway
     uint32_t get_n_ubatch(const llama_batch_allocr & balloc, const std::vector<llama_ubatch> & ubatches, uint32_t n_ubatch) const;
 
+    // a head's rows in cold are rotated in blocks of so many values, 0: they are not
+    int64_t get_n_rot_k() const;
+    int64_t get_n_rot_v() const;
+
     llama_kv_mixed_stats get_stats() const;
 
     llama_kv_mixed_trace & get_trace() const;
@@ -143,7 +149,6 @@ public:
     bool update(llama_context * lctx);
 
     // rotate K rows of hot and cold to their new positions
-    // unlike upstream's this also undoes the rotation of rows whose type is not quantised
     ggml_cgraph * build_graph_shift(llm_graph_result * res, llama_context * lctx) const;
 
 private:
@@ -174,12 +179,16 @@ private:
                            uint32_t   n_seq_max,
                            uint32_t   n_pad,
               const layer_filter_cb & filter,
-               const layer_reuse_cb & reuse);
+               const layer_reuse_cb & reuse,
+                         bool   rotate);
 
     const llama_kv_mixed_params params;
     const llama_kv_mixed_policy policy;
 
     const uint32_t n_ctx_seq;
+
+    int64_t n_rot_k = 0;
+    int64_t n_rot_v = 0;
 
     // the base class (whose virtual functions lead back here: call them as llama_kv_cache::f())
     llama_kv_cache * const kv_hot = this;

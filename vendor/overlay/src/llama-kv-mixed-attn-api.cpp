@@ -26,6 +26,11 @@ static const llama_kv_mixed_attn_kernel & check(const llama_kv_mixed_attn_args *
         throw std::invalid_argument(format("heads of more than %d values, or more than %d heads to a KV head",
             LLAMA_KV_MIXED_ATTN_MAX_EMBD, LLAMA_KV_MIXED_ATTN_MAX_ROWS));
     }
+    for (const auto & [n_rot, n_embd] : { std::pair(args->n_rot_k, args->n_embd_k), std::pair(args->n_rot_v, args->n_embd_v) }) {
+        if (n_rot != 0 && (n_rot < 16 || (n_rot & (n_rot - 1)) != 0 || n_embd % n_rot != 0)) {
+            throw std::invalid_argument(format("blocks of %d values can not be rotated in heads of %d", (int) n_rot, (int) n_embd));
+        }
+    }
     for (const auto & seg : args->seg) {
         if (seg.n_kv < 0) {
             throw std::invalid_argument("n_kv is negative");

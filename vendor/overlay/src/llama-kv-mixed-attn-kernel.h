@@ -621,6 +621,53 @@ KVM_UNROLL
 }
 
 //
+// rotation
+//
+
+// signs of the Walsh-Hadamard matrix
+struct sign_matrix {
+    float v[V_LEN][V_LEN];
+
+    constexpr sign_matrix() : v() {
+        for (int i = 0; i < V_LEN; ++i) {
+            for (int j = 0; j < V_LEN; ++j) {
+                int n = 0;
+                for (int bits = i & j; bits != 0; bits &= bits - 1) {
+                    ++n;
+                }
+                v[i][j] = n % 2 == 0 ? 1.0f : -1.0f;
+            }
+        }
+    }
+};
+
+alignas(64) constexpr sign_matrix SIGNS;
+
+// x times the orthonormal Walsh-Hadamard matrix in blocks of n values: vectors by their part of it, then between vectors
+// the fast transform; the matrix is its own inverse
+void rotate(float * x, int64_t n_embd, int64_t n) {
+    const vf scale = v_set(1.0f/sqrtf((float) n));
+    for (int64_t i = 0; i < n_embd; i += V_LEN) {
+        vf y = v_zero();
+KVM_UNROLL
+        for (int j = 0; j < V_LEN; ++j) {
+            y = v_fma(v_set(x[i + j]), v_load(SIGNS.v[j]), y);
+        }
+        v_store(x + i, v_mul(y, scale));
+    }
+    for (int64_t h = V_LEN; h < n; h *= 2) {
+        for (int64_t i = 0; i < n_embd; i += 2*h) {
+            for (int64_t j = i; j < i + h; j += V_LEN) {
+                const vf a = v_load(x + j);
+                const vf b = v_load(x + j + h);
+                v_store(x + j,     v_add(a, b));
+                v_store(x + j + h, v_sub(a, b));
+            }
+        }
+    }
+}
+
+//
 // softmax
 //
 
@@ -913,6 +960,35 @@ V_INLINE void finish_row(const attn_args & a, int64_t head, const float * O, flo
     }
 }
 
+// the query rows of a task, scaled, as they meet a segment
+void load_query(const attn_args & a, const attn_plan & p, const workspace & w, int64_t ikv, int64_t stream, int64_t token0,
+        int64_t n_rows, int i_seg) {
+    // ggml divides the scale, then multiplies what tanh gives
+    const float scale = a.logit_softcap != 0.0f ? a.scale/a.logit_softcap : a.scale;
+
+    for (int64_t r = 0; r < n_rows; ++r) {
+        const int64_t head = ikv*p.n_gqa + r % p.n_gqa;
+        const float * q = (const float *) ((const uint8_t *) a.q
+            + head*a.nb_q[0] + (token0 + r/p.n_gqa)*a.nb_q[1] + stream*a.nb_q[2]);
+        float * dst = w.Q + r*p.ld_k;
+        for (int64_t i = 0; i < a.n_embd_k; ++i) {
+            dst[i] = q[i]*scale;
+        }
+        memset(dst + a.n_embd_k, 0, (p.ld_k - a.n_embd_k)*sizeof(float));
+        if (i_seg == 0 && a.n_rot_k > 0) {
+            rotate(dst, a.n_embd_k, a.n_rot_k);
+        }
+        if (!p.gemm && a.seg[i_seg].type_k == GGML_TYPE_Q4_0 && a.n_embd_k % (2*BLOCK) == 0) {
+            quantize_query(dst, a.n_embd_k/(2*BLOCK), w.Q8 + r*(a.n_embd_k/(2*BLOCK)));
+        }
+    }
+}
+
+// chunks that lie in the first segment as a whole
+V_INLINE int64_t first_segment_chunks(const attn_args & a, const attn_plan & p) {
+    return (a.seg[0].n_kv + TILE - 1)/TILE/p.n_tile;
+}
+
 void attn_task(const attn_args & a, const attn_plan & p, int64_t task, float * partial, float * scratch) {
     // heads next to each other read cells next to each other
     const int64_t ikv    = task % a.n_head_kv;
@@ -942,32 +1018,13 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, float * p
     mask_kind kind [LLAMA_KV_MIXED_ATTN_MAX_ROWS];
     float     slope[LLAMA_KV_MIXED_ATTN_MAX_ROWS];
 
-    // ggml divides the scale, then multiplies what tanh gives
-    const float scale = a.logit_softcap != 0.0f ? a.scale/a.logit_softcap : a.scale;
-
     for (int64_t r = 0; r < n_rows; ++r) {
-        const int64_t head = ikv*p.n_gqa + r % p.n_gqa;
-        const float * q = (const float *) ((const uint8_t *) a.q
-            + head*a.nb_q[0] + (token0 + r/p.n_gqa)*a.nb_q[1] + stream*a.nb_q[2]);
-        float * dst = w.Q + r*p.ld_k;
-        for (int64_t i = 0; i < a.n_embd_k; ++i) {
-            dst[i] = q[i]*scale;
-        }
-        memset(dst + a.n_embd_k, 0, (p.ld_k - a.n_embd_k)*sizeof(float));
         w.m[r] = -INFINITY;
         v_store(w.s + r*V_LEN, v_zero());
     }
     memset(w.O, 0, n_rows*p.ld_v*sizeof(float));
     for (int64_t g = 0; g < p.n_gqa; ++g) {
         slope[g] = alibi_slope(a, ikv*p.n_gqa + g);
-    }
-
-    const bool q8 = !p.gemm && a.n_embd_k % (2*BLOCK) == 0 &&
-        (a.seg[0].type_k == GGML_TYPE_Q4_0 || a.seg[1].type_k == GGML_TYPE_Q4_0);
-    if (q8) {
-        for (int64_t r = 0; r < n_rows; ++r) {
-            quantize_query(w.Q + r*p.ld_k, a.n_embd_k/(2*BLOCK), w.Q8 + r*(a.n_embd_k/(2*BLOCK)));
-        }
     }
 
     // the chunk's tiles; none lies in both segments
@@ -979,6 +1036,11 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, float * p
         const auto & seg = a.seg[i];
 
         const int64_t n_tile_seg = (seg.n_kv + TILE - 1)/TILE;
+
+        const bool any = tile0 < n_tile_seg && n_left > 0;
+        if (any) {
+            load_query(a, p, w, ikv, stream, token0, n_rows, i);
+        }
 
         for (; tile0 < n_tile_seg && n_left > 0; ++tile0, --n_left) {
             const int64_t cell = tile0*TILE;
@@ -1005,6 +1067,13 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, float * p
                 rows(seg.v, seg.nb_v, seg.type_v, a.n_embd_v), seg.type_v, kind, slope);
         }
 
+        // sums of rotated rows are rotated themselves; where whole chunks are, that waits for the merge
+        if (any && i == 0 && a.n_rot_v > 0 && (p.n_partial == 0 || chunk >= first_segment_chunks(a, p))) {
+            for (int64_t r = 0; r < n_rows; ++r) {
+                rotate(w.O + r*p.ld_v, a.n_embd_v, a.n_rot_v);
+            }
+        }
+
         tile0 -= n_tile_seg < tile0 ? n_tile_seg : tile0;
         cell0 += seg.n_kv;
     }
@@ -1027,6 +1096,8 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, float * p
 }
 
 void attn_merge(const attn_args & a, const attn_plan & p, const float * partial, int64_t row0, int64_t row1) {
+    const int64_t n_rotated = a.n_rot_v > 0 ? first_segment_chunks(a, p) : 0;
+
     for (int64_t row = row0; row < row1; ++row) {
         const int64_t head   = row % a.n_head;
         const int64_t token  = row / a.n_head % a.n_tokens;
@@ -1048,6 +1119,9 @@ void attn_merge(const attn_args & a, const attn_plan & p, const float * partial,
         float O[LLAMA_KV_MIXED_ATTN_MAX_EMBD] = {};
         float s = 0.0f;
         for (int64_t c = 0; c < p.n_chunk; ++c) {
+            if (c == n_rotated && c > 0) {
+                rotate(O, a.n_embd_v, a.n_rot_v);
+            }
             const float * y = x + c*step;
             const float s_c = y[p.n_rows*p.ld_v + p.n_rows + r];
             if (s_c == 0.0f) {
@@ -1058,6 +1132,10 @@ void attn_merge(const attn_args & a, const attn_plan & p, const float * partial,
             for (int64_t i = 0; i < p.ld_v; i += V_LEN) {
                 v_store(O + i, v_fma(v_set(e), v_load(y + r*p.ld_v + i), v_load(O + i)));
             }
+        }
+
+        if (n_rotated == p.n_chunk) {
+            rotate(O, a.n_embd_v, a.n_rot_v);
         }
 
         finish_row(a, head, O, m, s, a.dst + row*a.n_embd_v);

@@ -143,7 +143,7 @@ LLAMA_API llama_kv_mixed_cache * llama_kv_mixed_cache_init(const llama_kv_mixed_
             const uint32_t n_ctx = shape->n_ctx > 0 ? shape->n_ctx : params->n_hot + params->n_cold;
 
             auto kv = std::make_unique<llama_kv_cache_mixed>(*res->model, *res->hparams, type_k, type_v, *params,
-                    /*offload*/ false, shape->unified != 0, n_ctx, shape->n_seq_max, n_pad, nullptr, nullptr);
+                    /*offload*/ false, shape->unified != 0, n_ctx, shape->n_seq_max, n_pad, nullptr, nullptr, /*rotate*/ false);
 
             res->mixed = kv.get();
             res->hot   = kv->get_hot();

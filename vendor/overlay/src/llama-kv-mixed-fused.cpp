@@ -70,6 +70,8 @@ ggml_tensor * llama_kv_mixed_fused::build(
     a.max_bias      = max_bias;
     a.logit_softcap = logit_softcap;
     a.mask_f16      = inputs.mask->type == GGML_TYPE_F16;
+    a.n_rot_k       = inputs.n_rot_k;
+    a.n_rot_v       = inputs.n_rot_v;
     a.seg[1]        = get_segment(inputs.k_hot, inputs.v_hot);
     if (n.has_cold) {
         a.seg[0] = get_segment(inputs.k_cold, inputs.v_cold);

@@ -23,6 +23,9 @@ struct llama_kv_mixed_fused_inputs {
     ggml_tensor * v_cold;
     ggml_tensor * mask;   // [n_cold + n_hot, n_tokens/n_stream, 1, n_stream]
     ggml_tensor * sinks;  // null: none
+
+    int64_t n_rot_k;      // see llama_kv_mixed_attn_args
+    int64_t n_rot_v;
 };
 
 // the attention nodes of one graph: lives as long as that does

@@ -24,6 +24,22 @@ public:
     llama_kv_mixed_fused fused;
 };
 
+// the matrices that rotate what meets cold rows, for attention that is composed of ggml's operations
+class llm_graph_input_kv_mixed_rot : public llm_graph_input_i {
+public:
+    llm_graph_input_kv_mixed_rot(const llama_kv_cache * cold) : cold(cold) {}
+    virtual ~llm_graph_input_kv_mixed_rot() = default;
+
+    void set_input(const llama_ubatch * ubatch) override;
+
+    bool can_reuse(const llm_graph_params & params) override;
+
+    ggml_tensor * k_rot = nullptr; // F32 [n_rot, n_rot], null: rows are not rotated
+    ggml_tensor * v_rot = nullptr;
+
+    const llama_kv_cache * const cold;
+};
+
 // throws when the cache's attention is to be fused and can not be
 void llama_kv_mixed_check_attn(const llama_model & model, const llama_kv_cache_mixed & kv);
 

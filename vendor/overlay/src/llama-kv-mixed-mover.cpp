@@ -5,7 +5,6 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
-#include <map>
 #include <stdexcept>
 
 static ggml_backend_dev_t get_dev(const ggml_tensor * t) {
@@ -13,6 +12,11 @@ static ggml_backend_dev_t get_dev(const ggml_tensor * t) {
     ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
 
     return dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
+// per pair: two flattened tensors, the rows, the write, a matrix, the product and two views of what that takes and gives
+static size_t n_tensors(size_t n_pairs) {
+    return 8*n_pairs + 2;
 }
 
 llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint32_t n_max) {
@@ -44,9 +48,7 @@ llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint
             dev.set_n_threads = [set_n_threads, backend = dev.backend.get()](int n) { set_n_threads(backend, n); };
         }
 
-        // per pair: two flattened tensors, the rows and the write
-        const size_t n_tensors = 4*dev.pairs.size() + 2;
-        dev.buf_meta.resize(n_tensors*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false));
+        dev.buf_meta.resize(n_tensors(dev.pairs.size())*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors(dev.pairs.size()), false));
 
         dev.galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(dev.backend.get())));
 
@@ -77,7 +79,7 @@ llama_kv_mixed_mover::graph llama_kv_mixed_mover::build(device & dev, uint32_t n
 
     ggml_context * ctx = res.ctx.get();
 
-    res.gf  = ggml_new_graph_custom(ctx, 4*dev.pairs.size() + 2, false);
+    res.gf  = ggml_new_graph_custom(ctx, n_tensors(dev.pairs.size()), false);
     res.src = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
     res.dst = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n);
 
@@ -90,6 +92,15 @@ llama_kv_mixed_mover::graph llama_kv_mixed_mover::build(device & dev, uint32_t n
 
     for (const auto & p : dev.pairs) {
         ggml_tensor * rows = ggml_get_rows(ctx, flat(p.src), res.src);
+
+        if (p.n_rot > 0) {
+            ggml_tensor *& rot = res.rots[p.rot];
+            if (!rot) {
+                rot = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, p.n_rot, p.n_rot);
+                ggml_set_input(rot);
+            }
+            rows = llama_mul_mat_hadamard(ctx, rows, rot);
+        }
 
         ggml_build_forward_expand(res.gf, ggml_set_rows(ctx, flat(p.dst), rows, res.dst));
     }
@@ -109,6 +120,10 @@ bool llama_kv_mixed_mover::move(const std::vector<int32_t> & src, const std::vec
 
         ggml_backend_tensor_set(g.src, src.data(), 0, ggml_nbytes(g.src));
         ggml_backend_tensor_set(g.dst, dst.data(), 0, ggml_nbytes(g.dst));
+
+        for (const auto & [data, rot] : g.rots) {
+            ggml_backend_tensor_set(rot, data, 0, ggml_nbytes(rot));
+        }
 
         if (dev.set_n_threads) {
             dev.set_n_threads(n_threads);

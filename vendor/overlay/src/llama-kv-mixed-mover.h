@@ -4,14 +4,15 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
 //
 // llama_kv_mixed_mover
 //
-// copies rows of one set of tensors into another with ggml's own get_rows and set_rows, on the device that holds them
-// it needs no llama_context, and knows nothing of cells
+// copies rows of one set of tensors into another with ggml's own get_rows and set_rows, on the device that holds them,
+// rotated on the way where that is wanted; it needs no llama_context, and knows nothing of cells
 //
 
 class llama_kv_mixed_mover {
@@ -20,6 +21,11 @@ public:
     struct pair {
         ggml_tensor * src;
         ggml_tensor * dst;
+
+        // rows are multiplied with this Walsh-Hadamard matrix in blocks of n_rot values; 0: they are not
+        // [n_rot, n_rot], lives as long as the mover
+        int64_t       n_rot;
+        const float * rot;
     };
 
     // n_max: the most rows that one move copies, memory for them is set aside here
@@ -56,6 +62,9 @@ private:
 
         ggml_tensor * src; // I32 [n]
         ggml_tensor * dst; // I64 [n]
+
+        // the matrices, and where they come from
+        std::map<const float *, ggml_tensor *> rots;
     };
 
     static graph build(device & dev, uint32_t n);

@@ -14,7 +14,7 @@
 // format
 //
 //   header
-//   hot, cold: the layers' types and row sizes; for each stream where the next search for free cells begins, and its cells
+//   hot, cold: the layers' types and row sizes, how cold rows are rotated; for each stream where the next search for free cells begins, and its cells
 //   checksum of all that
 //   hot, cold: for each stream its rows, K layer by layer, then V
 //   checksum of the rows
@@ -26,7 +26,7 @@
 // a plain cache's state begins with its number of streams, which no magic can be taken for
 struct llama_kv_mixed_state_header {
     uint32_t magic     = 0x78696d6b; // "kmix"
-    uint32_t version   = 2;
+    uint32_t version   = 3;
     uint32_t n_stream  = 1;          // 1 for a single sequence
     uint32_t whole     = 0;          // 1: all sequences
     uint32_t on_device = 0;          // 1: the rows are kept elsewhere
@@ -207,6 +207,11 @@ void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_i
             }
         }
 
+        if (kv == get_cold()) {
+            out.put(n_rot_k);
+            out.put(n_rot_v);
+        }
+
         for (const uint32_t s : strms) {
             const auto & cells = kv->v_cells[s];
 
@@ -370,6 +375,17 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
                 const uint64_t size_row = in.get<uint64_t>();
 
                 check_layer(name, layer.il, is_v ? "V" : "K", is_v ? layer.v : layer.k, type, size_row);
+            }
+        }
+
+        if (is_cold) {
+            const auto rot_k = in.get<int64_t>();
+            const auto rot_v = in.get<int64_t>();
+
+            if (rot_k != n_rot_k || rot_v != n_rot_v) {
+                throw std::runtime_error(format("the state has cold rows rotated in blocks of %" PRId64 " (K) and %" PRId64
+                    " (V) values, this cache has %" PRId64 " and %" PRId64 " (0: not rotated, see LLAMA_ATTN_ROT_DISABLE)",
+                    rot_k, rot_v, n_rot_k, n_rot_v));
             }
         }
 
