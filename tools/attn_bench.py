@@ -43,6 +43,9 @@ from llamamix.params import KV_TYPES
 
 _CACHE_SIZE = 64 << 20  # where the last-level cache's is not known
 
+# seconds: after a call OpenMP's threads spin for a while before they sleep, on processors that ours need
+_SETTLE = 0.02
+
 
 def _ints(text: str) -> list[int]:
     parts = text.split(",")
@@ -163,6 +166,7 @@ def measure(
         for i in range(n + 1):
             for kernel in kernels:
                 copy = next(copies)
+                time.sleep(_SETTLE if n_threads > 1 else 0)
                 start = time.perf_counter()
                 if kernel == "ggml":
                     theirs[copy].compute()

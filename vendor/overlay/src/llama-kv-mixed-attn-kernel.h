@@ -76,21 +76,39 @@ V_INLINE void load_scales(const uint8_t * x, size_t nb, int n, int64_t b, float 
     }
 }
 
-// what a cell's next tile lies in, on its way while this one is worked on
-V_INLINE void prefetch_row(const uint8_t * x, int64_t n_bytes) {
-    prefetch(x);
-    for (int64_t i = 64; i < n_bytes; i += 64) {
-        prefetch(x + i);
-    }
-    prefetch(x + n_bytes - 1); // rows do not begin where lines do
-}
-
-struct tile {
+struct rows {
     const uint8_t * data;    // row 0
     size_t          nb;      // bytes from row to row
-    int             n;       // rows
-    int64_t         n_block; // blocks per row
     int64_t         n_bytes; // bytes per row
+};
+
+struct tile : rows {
+    int     n;       // rows
+    int64_t n_block; // blocks per row
+    rows    next;    // those of the tile that comes next, n_bytes == 0: none
+};
+
+// Fetches the rows of the next tile evenly while one is worked on: a processor has few buffers for cache lines that are on
+// their way, and waits when these are taken.
+class ahead {
+public:
+    // n_visits: how often each row of the tile is visited
+    V_INLINE ahead(const tile & t, int64_t n_visits) : next(t.next), n_visits(n_visits) {}
+
+    V_INLINE void visit(int64_t n_rows) {
+        for (n += n_rows; n >= n_visits; n -= n_visits) {
+            // where a row begins in the midst of a line, that came with the row before
+            for (int64_t i = next.n_bytes - 1; i >= 0; i -= 64) {
+                prefetch(next.data + i);
+            }
+            next.data += next.nb;
+        }
+    }
+
+private:
+    rows          next;
+    const int64_t n_visits;
+    int64_t       n = 0;
 };
 
 //
@@ -107,6 +125,8 @@ void dot_rows(const float * Q, int64_t ld, const tile & k, float * S) {
         }
     }
 
+    ahead next(k, 1);
+
     // four cells at a time, the last one again when their number is not a multiple of that
     for (int j0 = 0; j0 < k.n; j0 += 4) {
         int j[4];
@@ -115,8 +135,8 @@ KVM_UNROLL
         for (int p = 0; p < 4; ++p) {
             j[p] = j0 + p < k.n ? j0 + p : k.n - 1;
             x[p] = k.data + j[p]*k.nb;
-            prefetch_row(x[p] + TILE*k.nb, k.n_bytes);
         }
+        next.visit(4);
 
         vf acc[N][4];
 KVM_UNROLL
@@ -177,6 +197,8 @@ void acc_rows(const float * P, const tile & v, float * O, int64_t ld) {
     alignas(64) float d[TILE];
     alignas(64) float w[N][TILE];
 
+    ahead next(v, v.n_block);
+
     for (int64_t b = 0; b < v.n_block; ++b) {
         if constexpr (row::scaled) {
             load_scales<row>(v.data, v.nb, v.n, b, d);
@@ -200,9 +222,7 @@ KVM_UNROLL
 
         for (int j = 0; j < v.n; ++j) {
             const uint8_t * x = v.data + j*v.nb;
-            if (b == 0) {
-                prefetch_row(x + TILE*v.nb, v.n_bytes);
-            }
+            next.visit(1);
 KVM_UNROLL
             for (int i = 0; i < V_BLOCK; ++i) {
                 const vf y = row::load(x, b, i);
@@ -280,8 +300,9 @@ struct query_q8 {
 };
 
 // blocks of 32 values in 8 bits with the largest at 127, as ggml's Q8_0
-void quantize_query(const float * Q, int64_t n_pair, query_q8 * dst) {
-    for (int64_t i = 0; i < n_pair; ++i) {
+// dst: pair by pair, n_rows from one to the next
+void quantize_query(const float * Q, int64_t n_pair, query_q8 * dst, int64_t n_rows) {
+    for (int64_t i = 0; i < n_pair; ++i, dst += n_rows) {
         int8_t byte[2][36] = {};
         for (int b = 0; b < 2; ++b) {
             const float * x = Q + 64*i + 32*b;
@@ -298,85 +319,127 @@ void quantize_query(const float * Q, int64_t n_pair, query_q8 * dst) {
                 v_store_i8(byte[j/16] + 18*b + 2 + j%16, y);
                 sum = v_iadd(sum, y);
             }
-            dst[i].d  [b] = amax/127.0f;
-            dst[i].sum[b] = -8*v_ihsum(sum);
+            dst->d  [b] = amax/127.0f;
+            dst->sum[b] = -8*v_ihsum(sum);
         }
-        memcpy(dst[i].word, byte, sizeof(byte));
+        memcpy(dst->word, byte, sizeof(byte));
     }
 }
 
 // word w of every cell with that of N queries
 // (sums of their own for low and high nibbles where registers allow it: the additions of one sum wait for each other)
 template <int N>
-V_INLINE void dot_word(va sum[V_DOT_SUMS][N], vi word, const query_q8 * Q, int64_t n_pair, int w) {
+V_INLINE void dot_word(va sum[V_DOT_SUMS][N], vi word, const query_q8 * Q, int w) {
     const vi lo = v_nibble_lo(word);
     const vi hi = v_nibble_hi(word);
 KVM_UNROLL
     for (int r = 0; r < N; ++r) {
-        sum[0][r] = v_dot(sum[0][r], lo, Q[r*n_pair].word[w]);
+        sum[0][r] = v_dot(sum[0][r], lo, Q[r].word[w]);
     }
 KVM_UNROLL
     for (int r = 0; r < N; ++r) {
-        sum[V_DOT_SUMS - 1][r] = v_dot(sum[V_DOT_SUMS - 1][r], hi, Q[r*n_pair].word[w + 9]);
+        sum[V_DOT_SUMS - 1][r] = v_dot(sum[V_DOT_SUMS - 1][r], hi, Q[r].word[w + 9]);
         KVM_KEEP(sum[V_DOT_SUMS - 1][r]);
     }
 }
 
+// the dot products of one pair of blocks
 template <int N>
-void dot_rows_q4_0(const query_q8 * Q, int64_t n_pair, const tile & k, float * S) {
-    for (int j = 0; j < k.n; j += V_LEN) {
-        for (int p = 0; p < V_LEN; ++p) {
-            prefetch_row(k.data + (j + p + TILE)*k.nb, k.n_bytes);
-        }
+struct pair_sums {
+    va s[2][V_DOT_SUMS][N];
 
+    V_INLINE void clear() {
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+KVM_UNROLL
+            for (int i = 0; i < V_DOT_SUMS; ++i) {
+                s[0][i][r] = v_dot_zero();
+                s[1][i][r] = v_dot_zero();
+            }
+        }
+    }
+
+    // d0, d1: the scales of the blocks
+    V_INLINE void add_to(vf acc[N], vf d0, vf d1, const query_q8 * Q) {
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+            const query_q8 & q = Q[r];
+            if constexpr (V_DOT_SUMS == 2) {
+                s[0][0][r] = v_dot_add(s[0][0][r], s[0][1][r]);
+                s[1][0][r] = v_dot_add(s[1][0][r], s[1][1][r]);
+            }
+            acc[r] = v_fma(v_dot_sum(s[0][0][r], q.sum[0]), v_mul(d0, v_set(q.d[0])), acc[r]);
+            acc[r] = v_fma(v_dot_sum(s[1][0][r], q.sum[1]), v_mul(d1, v_set(q.d[1])), acc[r]);
+        }
+    }
+};
+
+// Q: pair by pair, n_rows from one to the next
+template <int N>
+void dot_rows_q4_0(const query_q8 * Q, int64_t n_rows, int64_t n_pair, const tile & k, float * S) {
+    ahead next(k, n_pair);
+
+    for (int j = 0; j < k.n; j += V_LEN) {
         vf acc[N];
 KVM_UNROLL
         for (int r = 0; r < N; ++r) {
             acc[r] = v_zero();
         }
 
-        for (int64_t i = 0; i < n_pair; ++i) {
-            const uint8_t * x = k.data + j*k.nb + i*2*SIZE_Q4;
+        const uint8_t  * x = k.data + j*k.nb;
+        const query_q8 * q = Q;
 
-            va sum[2][V_DOT_SUMS][N];
+        pair_sums<N> sums;
+        vf d0, d1;
+        vi word[8];
+
+        int64_t i = 0;
+
+        // two pairs: 18 words, the last two as the end of four
+        for (; i + 2 <= n_pair; i += 2, x += 4*SIZE_Q4, q += 2*n_rows) {
+            sums.clear();
+            v_transpose8(x, k.nb, word);
+            d0 = v_f16_lo(word[0]);
+            d1 = v_f16_hi(word[4]);
 KVM_UNROLL
-            for (int r = 0; r < N; ++r) {
-KVM_UNROLL
-                for (int s = 0; s < V_DOT_SUMS; ++s) {
-                    sum[0][s][r] = v_dot_zero();
-                    sum[1][s][r] = v_dot_zero();
-                }
+            for (int w = 0; w < 8; ++w) {
+                dot_word<N>(sums.s[w/5], word[w], q, w);
             }
+            next.visit(V_LEN);
 
-            vi word[4];
+            v_transpose8(x + 32, k.nb, word);
+            dot_word<N>(sums.s[1], word[0], q, 8);
+            sums.add_to(acc, d0, d1, q);
 
-            v_transpose4(x, k.nb, word);
-            const vf d0 = v_f16_lo(word[0]);
-            dot_word<N>(sum[0], word[0], Q + i, n_pair, 0);
-            dot_word<N>(sum[0], word[1], Q + i, n_pair, 1);
-            dot_word<N>(sum[0], word[2], Q + i, n_pair, 2);
-            dot_word<N>(sum[0], word[3], Q + i, n_pair, 3);
+            sums.clear();
+            d0 = v_f16_lo(word[1]);
+            d1 = v_f16_hi(word[5]);
+KVM_UNROLL
+            for (int w = 0; w < 7; ++w) {
+                dot_word<N>(sums.s[w/5], word[w + 1], q + n_rows, w);
+            }
+            next.visit(V_LEN);
 
-            v_transpose4(x + 16, k.nb, word);
-            const vf d1 = v_f16_hi(word[0]);
-            dot_word<N>(sum[0], word[0], Q + i, n_pair, 4);
-            dot_word<N>(sum[1], word[1], Q + i, n_pair, 5);
-            dot_word<N>(sum[1], word[2], Q + i, n_pair, 6);
-            dot_word<N>(sum[1], word[3], Q + i, n_pair, 7);
+            v_transpose4(x + 56, k.nb, word);
+            dot_word<N>(sums.s[1], word[2], q + n_rows, 7);
+            dot_word<N>(sums.s[1], word[3], q + n_rows, 8);
+            sums.add_to(acc, d0, d1, q + n_rows);
+        }
+
+        if (i < n_pair) {
+            sums.clear();
+            v_transpose8(x, k.nb, word);
+            d0 = v_f16_lo(word[0]);
+            d1 = v_f16_hi(word[4]);
+KVM_UNROLL
+            for (int w = 0; w < 8; ++w) {
+                dot_word<N>(sums.s[w/5], word[w], q, w);
+            }
+            next.visit(V_LEN);
 
             v_transpose4(x + 20, k.nb, word);
-            dot_word<N>(sum[1], word[3], Q + i, n_pair, 8);
-
-KVM_UNROLL
-            for (int r = 0; r < N; ++r) {
-                const query_q8 & q = Q[r*n_pair + i];
-                if constexpr (V_DOT_SUMS == 2) {
-                    sum[0][0][r] = v_dot_add(sum[0][0][r], sum[0][1][r]);
-                    sum[1][0][r] = v_dot_add(sum[1][0][r], sum[1][1][r]);
-                }
-                acc[r] = v_fma(v_dot_sum(sum[0][0][r], q.sum[0]), v_mul(d0, v_set(q.d[0])), acc[r]);
-                acc[r] = v_fma(v_dot_sum(sum[1][0][r], q.sum[1]), v_mul(d1, v_set(q.d[1])), acc[r]);
-            }
+            dot_word<N>(sums.s[1], word[3], q, 8);
+            sums.add_to(acc, d0, d1, q);
         }
 
 KVM_UNROLL
@@ -387,11 +450,11 @@ KVM_UNROLL
 }
 
 template <int N>
-void dot_rows_q4_0_n(int n, const query_q8 * Q, int64_t n_pair, const tile & k, float * S) {
+void dot_rows_q4_0_n(int n, const query_q8 * Q, int64_t n_rows, int64_t n_pair, const tile & k, float * S) {
     if (n == N) {
-        dot_rows_q4_0<N>(Q, n_pair, k, S);
+        dot_rows_q4_0<N>(Q, n_rows, n_pair, k, S);
     } else if constexpr (N > 1) {
-        dot_rows_q4_0_n<N - 1>(n, Q, n_pair, k, S);
+        dot_rows_q4_0_n<N - 1>(n, Q, n_rows, n_pair, k, S);
     }
 }
 
@@ -404,85 +467,104 @@ void dot_rows_q4_0_n(int n, const query_q8 * Q, int64_t n_pair, const tile & k, 
 // live: which cells have a weight at all, null: any may have; what free cells were left with must not set that scale
 template <int N>
 void acc_rows_q4_0(const float * P, const float * pmax, const tile & v, const bool * live, float * O, int64_t ld) {
-    alignas(64) float   d[TILE];
-    alignas(64) int16_t d_int[TILE];
+    constexpr int MOST = 4; // blocks whose scales are prepared together
+
     alignas(64) int16_t p_int[N][TILE];
-    alignas(64) int16_t w[N][TILE];
+    alignas(64) float   d[MOST][TILE];
+    alignas(64) int16_t w[MOST][N][TILE];
+
+    ahead next(v, v.n_block);
 
     for (int r = 0; r < N; ++r) {
         const vf scale = v_set(pmax[r] > 0.0f ? 32767.0f/pmax[r] : 0.0f);
-        for (int j = 0; j < TILE; j += V_LEN) {
-            v_store_i16(p_int[r] + j, v_to_int(v_mul(v_load(P + r*TILE + j), scale)));
+        for (int j = 0; j < TILE; j += 2*V_LEN) {
+            v_istore(p_int[r] + j, v_to_i16(v_mul(v_load(P + r*TILE + j), scale), v_mul(v_load(P + r*TILE + j + V_LEN), scale)));
         }
     }
 
-    for (int64_t b = 0; b < v.n_block; ++b) {
-        load_scales<row_q4_0>(v.data, v.nb, v.n, b, d);
-        for (int j = (v.n + V_LEN - 1)/V_LEN*V_LEN; j < TILE; j += V_LEN) {
-            v_store(d + j, v_zero());
-        }
-        for (int j = 0; live && j < v.n; ++j) {
-            d[j] = live[j] ? d[j] : 0.0f;
-        }
+    for (int64_t b0 = 0; b0 < v.n_block; b0 += MOST) {
+        const int n = (int) (v.n_block - b0 < MOST ? v.n_block - b0 : MOST);
 
-        vf most = v_zero();
-        for (int j = 0; j < TILE; j += V_LEN) {
-            most = v_max(most, v_abs(v_load(d + j)));
-        }
-        const float dmax = v_hmax(most);
-        if (dmax == 0.0f) {
-            continue;
-        }
+        // one step for all blocks after the other: each ends with a sum over lanes, which takes its time
+        float   dmax[MOST];
+        float   unit[MOST][N];
+        int32_t sum [MOST][N];
 
-        const vf scale = v_set(32767.0f/dmax);
-        for (int j = 0; j < TILE; j += V_LEN) {
-            v_store_i16(d_int + j, v_to_int(v_mul(v_load(d + j), scale)));
-        }
-
-        float   unit[N];
-        int32_t sum [N];
-        for (int r = 0; r < N; ++r) {
-            unit[r] = pmax[r]*dmax*(32768.0f/(32767.0f*32767.0f));
-            sum [r] = -8*mul_i16(p_int[r], d_int, w[r], TILE); // nibbles are stored with 8 added
-        }
-
-        vi acc[N][V_BLOCK];
-KVM_UNROLL
-        for (int r = 0; r < N; ++r) {
-KVM_UNROLL
-            for (int i = 0; i < V_BLOCK; ++i) {
-                acc[r][i] = v_izero();
+        for (int i = 0; i < n; ++i) {
+            load_scales<row_q4_0>(v.data, v.nb, v.n, b0 + i, d[i]);
+            for (int j = (v.n + V_LEN - 1)/V_LEN*V_LEN; j < TILE; j += V_LEN) {
+                v_store(d[i] + j, v_zero());
+            }
+            for (int j = 0; live && j < v.n; ++j) {
+                d[i][j] = live[j] ? d[i][j] : 0.0f;
             }
         }
-
-        for (int j = 0; j < v.n; j += 4) {
-            const uint8_t * x = v.data + j*v.nb + b*SIZE_Q4 + 2;
-            if (b == 0) {
-                for (int p = 0; p < 4; ++p) {
-                    prefetch_row(x + (p + TILE)*v.nb, v.n_bytes);
-                }
+        for (int i = 0; i < n; ++i) {
+            vf most = v_zero();
+            for (int j = 0; j < TILE; j += V_LEN) {
+                most = v_max(most, v_abs(v_load(d[i] + j)));
             }
-            vi y[2*V_BLOCK];
-            v_load_i4_pairs(x, v.nb, y);
+            dmax[i] = v_hmax(most);
+        }
+        for (int i = 0; i < n; ++i) {
+            const vf scale = v_set(dmax[i] > 0.0f ? 32767.0f/dmax[i] : 0.0f);
+            vi total[N];
 KVM_UNROLL
             for (int r = 0; r < N; ++r) {
-                const int32_t w0 = load_i32(w[r] + j);
-                const int32_t w1 = load_i32(w[r] + j + 2);
+                total[r] = v_izero();
+            }
+            for (int j = 0; j < TILE; j += 2*V_LEN) {
+                const vi d_int = v_to_i16(v_mul(v_load(d[i] + j), scale), v_mul(v_load(d[i] + j + V_LEN), scale));
 KVM_UNROLL
-                for (int i = 0; i < V_BLOCK; ++i) {
-                    acc[r][i] = v_dot16(acc[r][i], y[i          ], w0);
-                    acc[r][i] = v_dot16(acc[r][i], y[i + V_BLOCK], w1);
-                    KVM_KEEP(acc[r][i]);
+                for (int r = 0; r < N; ++r) {
+                    const vi x = v_mulhrs16(v_iload(p_int[r] + j), d_int);
+                    v_istore(w[i][r] + j, x);
+                    total[r] = v_dot16(total[r], x, 0x00010001);
                 }
+            }
+            for (int r = 0; r < N; ++r) {
+                unit[i][r] = pmax[r]*dmax[i]*(32768.0f/(32767.0f*32767.0f));
+                sum [i][r] = -8*v_ihsum(total[r]); // nibbles are stored with 8 added
             }
         }
 
+        for (int i = 0; i < n; ++i) {
+            vi acc[N][V_BLOCK];
 KVM_UNROLL
-        for (int r = 0; r < N; ++r) {
+            for (int r = 0; r < N; ++r) {
 KVM_UNROLL
-            for (int i = 0; i < V_BLOCK; ++i) {
-                float * dst = O + r*ld + b*BLOCK + i*V_LEN;
-                v_store(dst, v_fma(v_from_int(v_iadd(acc[r][i], v_iset(sum[r]))), v_set(unit[r]), v_load(dst)));
+                for (int k = 0; k < V_BLOCK; ++k) {
+                    acc[r][k] = v_iset(sum[i][r]);
+                }
+            }
+
+            const uint8_t * x = v.data + (b0 + i)*SIZE_Q4 + 2;
+
+            for (int j = 0; j < v.n; j += 4, x += 4*v.nb) {
+                next.visit(4);
+
+                vi y[2*V_BLOCK];
+                v_load_i4_pairs(x, v.nb, y);
+KVM_UNROLL
+                for (int r = 0; r < N; ++r) {
+                    const int32_t w0 = load_i32(w[i][r] + j);
+                    const int32_t w1 = load_i32(w[i][r] + j + 2);
+KVM_UNROLL
+                    for (int k = 0; k < V_BLOCK; ++k) {
+                        acc[r][k] = v_dot16(acc[r][k], y[k          ], w0);
+                        acc[r][k] = v_dot16(acc[r][k], y[k + V_BLOCK], w1);
+                        KVM_KEEP(acc[r][k]);
+                    }
+                }
+            }
+
+KVM_UNROLL
+            for (int r = 0; r < N; ++r) {
+KVM_UNROLL
+                for (int k = 0; k < V_BLOCK; ++k) {
+                    float * dst = O + r*ld + (b0 + i)*BLOCK + k*V_LEN;
+                    v_store(dst, v_fma(v_from_int(acc[r][k]), v_set(unit[i][r]), v_load(dst)));
+                }
             }
         }
     }
@@ -564,15 +646,14 @@ void gemm(int64_t n_rows, int64_t n_cols, int64_t n_in, const float * A, int64_t
 template <class row>
 void expand(const tile & t, float * dst, int64_t ld) {
     alignas(64) float d[TILE];
+    ahead next(t, t.n_block);
     for (int64_t b = 0; b < t.n_block; ++b) {
         if constexpr (row::scaled) {
             load_scales<row>(t.data, t.nb, t.n, b, d);
         }
         for (int j = 0; j < t.n; ++j) {
             const uint8_t * x = t.data + j*t.nb;
-            if (b == 0) {
-                prefetch_row(x + TILE*t.nb, t.n_bytes);
-            }
+            next.visit(1);
 KVM_UNROLL
             for (int i = 0; i < V_BLOCK; ++i) {
                 const vf y = row::load(x, b, i);
@@ -594,9 +675,10 @@ void expand_any(const tile & t, int32_t type, int64_t n_embd, float * dst, int64
         }
     }
     const auto to_float = ggml_get_type_traits((ggml_type) type)->to_float;
+    ahead next(t, 1);
     for (int j = 0; j < t.n; ++j) {
         const uint8_t * x = t.data + j*t.nb;
-        prefetch_row(x + TILE*t.nb, t.n_bytes);
+        next.visit(1);
         if (to_float) {
             to_float(x, dst + j*ld, n_embd);
         } else {
@@ -815,7 +897,7 @@ KVM_UNROLL
 // a task's part of the scratch memory
 struct workspace {
     float    * Q;    // [n_rows][ld_k], scaled
-    query_q8 * Q8;   // [n_rows][ld_k/64]
+    query_q8 * Q8;   // [ld_k/64][n_rows]
     float    * O;    // [n_rows][ld_v]
     float    * m;    // [n_rows]
     float    * s;    // [n_rows][V_LEN]
@@ -851,7 +933,7 @@ void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64
         const int size = group_size(n_rows, V_ROWS_DOT);
         for (int64_t r = 0; r < n_rows; r += size) {
             const int n = (int) (n_rows - r < size ? n_rows - r : size);
-            dot_rows_q4_0_n<V_ROWS_DOT>(n, w.Q8 + r*n_pair, n_pair, t, S + r*TILE);
+            dot_rows_q4_0_n<V_ROWS_DOT>(n, w.Q8 + r, n_rows, n_pair, t, S + r*TILE);
         }
     } else if (whole_k && type_k == GGML_TYPE_F16 ) { dot_all<row_f16 >(w.Q, p.ld_k, n_rows, k, S);
     } else if (whole_k && type_k == GGML_TYPE_BF16) { dot_all<row_bf16>(w.Q, p.ld_k, n_rows, k, S);
@@ -860,7 +942,7 @@ void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64
     } else if (whole_k && type_k == GGML_TYPE_Q4_0) { dot_all<row_q4_0>(w.Q, p.ld_k, n_rows, k, S);
     } else {
         expand_any(k, type_k, a.n_embd_k, w.K, p.ld_k);
-        const tile t = { (const uint8_t *) w.K, p.ld_k*sizeof(float), k.n, p.ld_k/BLOCK, 0 };
+        const tile t = { { (const uint8_t *) w.K, p.ld_k*sizeof(float), 0 }, k.n, p.ld_k/BLOCK, {} };
         dot_all<row_f32>(w.Q, p.ld_k, n_rows, t, S);
     }
 
@@ -894,7 +976,7 @@ void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64
     else if (whole_v && type_v == GGML_TYPE_Q4_0) { acc_all<row_q4_0>(S, n_rows, v, w.O, p.ld_v); }
     else {
         expand_any(v, type_v, a.n_embd_v, w.V, p.ld_v);
-        const tile t = { (const uint8_t *) w.V, p.ld_v*sizeof(float), v.n, p.ld_v/BLOCK, 0 };
+        const tile t = { { (const uint8_t *) w.V, p.ld_v*sizeof(float), 0 }, v.n, p.ld_v/BLOCK, {} };
         acc_all<row_f32>(S, n_rows, t, w.O, p.ld_v);
     }
 }
@@ -979,8 +1061,15 @@ void load_query(const attn_args & a, const attn_plan & p, const workspace & w, i
             rotate(dst, a.n_embd_k, a.n_rot_k);
         }
         if (!p.gemm && a.seg[i_seg].type_k == GGML_TYPE_Q4_0 && a.n_embd_k % (2*BLOCK) == 0) {
-            quantize_query(dst, a.n_embd_k/(2*BLOCK), w.Q8 + r*(a.n_embd_k/(2*BLOCK)));
+            quantize_query(dst, a.n_embd_k/(2*BLOCK), w.Q8 + r, n_rows);
         }
+    }
+}
+
+// the sums of rows of the first segment, which are rotated as these are
+void rotate_back(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows) {
+    for (int64_t r = 0; a.n_rot_v > 0 && r < n_rows; ++r) {
+        rotate(w.O + r*p.ld_v, a.n_embd_v, a.n_rot_v);
     }
 }
 
@@ -1028,54 +1117,63 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, float * p
     }
 
     // the chunk's tiles; none lies in both segments
-    int64_t tile0 = chunk*p.n_tile;
-    int64_t n_left = p.n_tile;
-    int64_t cell0 = 0; // of the segment
+    const int64_t n_tile[2] = { (a.seg[0].n_kv + TILE - 1)/TILE, (a.seg[1].n_kv + TILE - 1)/TILE };
 
-    for (int i = 0; i < 2; ++i) {
+    const int64_t begin = chunk*p.n_tile;
+    const int64_t end   = begin + p.n_tile < n_tile[0] + n_tile[1] ? begin + p.n_tile : n_tile[0] + n_tile[1];
+
+    const auto locate = [&](int64_t t, int64_t head_kv, bool is_v) {
+        const int i = t >= n_tile[0];
+        const auto & seg = a.seg[i];
+        const size_t * nb = is_v ? seg.nb_v : seg.nb_k;
+        return rows {
+            (const uint8_t *) (is_v ? seg.v : seg.k) + head_kv*nb[0] + (t - (i ? n_tile[0] : 0))*TILE*nb[1] + stream*nb[2], nb[1],
+            (int64_t) ggml_row_size((ggml_type) (is_v ? seg.type_v : seg.type_k), is_v ? a.n_embd_v : a.n_embd_k),
+        };
+    };
+
+    int i_seg = -1;
+
+    for (int64_t it = begin; it < end; ++it) {
+        const int i = it >= n_tile[0];
         const auto & seg = a.seg[i];
 
-        const int64_t n_tile_seg = (seg.n_kv + TILE - 1)/TILE;
-
-        const bool any = tile0 < n_tile_seg && n_left > 0;
-        if (any) {
+        if (i != i_seg) {
+            if (i_seg == 0) {
+                rotate_back(a, p, w, n_rows);
+            }
             load_query(a, p, w, ikv, stream, token0, n_rows, i);
+            i_seg = i;
         }
 
-        for (; tile0 < n_tile_seg && n_left > 0; ++tile0, --n_left) {
-            const int64_t cell = tile0*TILE;
-            const int n = (int) (seg.n_kv - cell < TILE ? seg.n_kv - cell : TILE);
+        const int64_t cell = (it - (i ? n_tile[0] : 0))*TILE;
+        const int64_t col  = cell + (i ? a.seg[0].n_kv : 0); // of the mask
+        const int n = (int) (seg.n_kv - cell < TILE ? seg.n_kv - cell : TILE);
 
-            int n_seen = 0; // cells behind these are hidden from all
-            for (int64_t t = 0; t < n_tokens; ++t) {
-                kind[t] = load_mask(a, stream, token0 + t, cell0 + cell, n, w.mask + t*TILE);
-                n_seen = count_seen(kind[t], n, w.mask + t*TILE, n_seen);
-            }
-            if (n_seen == 0) {
-                continue;
-            }
-
-            const auto rows = [&](const void * x, const size_t nb[3], int32_t type, int64_t n_embd) {
-                return tile {
-                    (const uint8_t *) x + ikv*nb[0] + cell*nb[1] + stream*nb[2], nb[1], n_seen,
-                    (n_embd + BLOCK - 1)/BLOCK, (int64_t) ggml_row_size((ggml_type) type, n_embd),
-                };
-            };
-
-            (p.gemm ? attend_gemm : attend)(a, p, w, n_rows, n_tokens,
-                rows(seg.k, seg.nb_k, seg.type_k, a.n_embd_k), seg.type_k,
-                rows(seg.v, seg.nb_v, seg.type_v, a.n_embd_v), seg.type_v, kind, slope);
+        int n_seen = 0; // cells behind these are hidden from all
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            kind[t] = load_mask(a, stream, token0 + t, col, n, w.mask + t*TILE);
+            n_seen = count_seen(kind[t], n, w.mask + t*TILE, n_seen);
+        }
+        if (n_seen == 0) {
+            continue;
         }
 
-        // sums of rotated rows are rotated themselves; where whole chunks are, that waits for the merge
-        if (any && i == 0 && a.n_rot_v > 0 && (p.n_partial == 0 || chunk >= first_segment_chunks(a, p))) {
-            for (int64_t r = 0; r < n_rows; ++r) {
-                rotate(w.O + r*p.ld_v, a.n_embd_v, a.n_rot_v);
+        // of this head, or the first of the next head
+        const auto get_tile = [&](bool is_v) {
+            rows next = {};
+            if (it + 1 < end || ikv + 1 < a.n_head_kv) {
+                next = it + 1 < end ? locate(it + 1, ikv, is_v) : locate(begin, ikv + 1, is_v);
             }
-        }
+            return tile { locate(it, ikv, is_v), n_seen, ((is_v ? a.n_embd_v : a.n_embd_k) + BLOCK - 1)/BLOCK, next };
+        };
 
-        tile0 -= n_tile_seg < tile0 ? n_tile_seg : tile0;
-        cell0 += seg.n_kv;
+        (p.gemm ? attend_gemm : attend)(a, p, w, n_rows, n_tokens, get_tile(false), seg.type_k, get_tile(true), seg.type_v, kind, slope);
+    }
+
+    // where whole chunks are of rotated rows, that waits for the merge
+    if (i_seg == 0 && (p.n_partial == 0 || chunk >= first_segment_chunks(a, p))) {
+        rotate_back(a, p, w, n_rows);
     }
 
     if (p.n_partial > 0) {

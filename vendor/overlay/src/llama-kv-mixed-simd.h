@@ -29,6 +29,13 @@
 #define KVM_KEEP(x) (void) 0
 #endif
 
+// Compilers compute the addresses of many rows one by one, and run out of registers. This makes a pointer one to begin with.
+#if defined(__GNUC__)
+#define KVM_BASE(p) __asm__("" : "+r"(p))
+#else
+#define KVM_BASE(p) (void) 0
+#endif
+
 #if defined(KVM_AVX512) || defined(KVM_AVX2)
 #include <immintrin.h>
 #elif defined(KVM_NEON)
@@ -114,13 +121,16 @@ V_INLINE vf v_load_i4(const uint8_t * p, int i) {
 
 // 16 bytes of each of V_LEN rows: res[i] has the i-th four of them, a lane per row
 V_INLINE void v_transpose4(const uint8_t * p, size_t nb, vi res[4]) {
+    const uint8_t * base[4] = { p, p + 4*nb, p + 8*nb, p + 12*nb };
+    for (auto & b : base) {
+        KVM_BASE(b);
+    }
     __m512i r[4];
     for (int i = 0; i < 4; ++i) {
-        const uint8_t * row = p + i*nb;
-        r[i] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) row));
-        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *) (row +  4*nb)), 1);
-        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *) (row +  8*nb)), 2);
-        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *) (row + 12*nb)), 3);
+        r[i] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) (base[0] + i*nb)));
+        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *) (base[1] + i*nb)), 1);
+        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *) (base[2] + i*nb)), 2);
+        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *) (base[3] + i*nb)), 3);
     }
     const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]);
     const __m512i b = _mm512_unpackhi_epi32(r[0], r[1]);
@@ -130,6 +140,35 @@ V_INLINE void v_transpose4(const uint8_t * p, size_t nb, vi res[4]) {
     res[1] = _mm512_unpackhi_epi64(a, c);
     res[2] = _mm512_unpacklo_epi64(b, d);
     res[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// 32 bytes of each of V_LEN rows, likewise
+V_INLINE void v_transpose8(const uint8_t * p, size_t nb, vi res[8]) {
+    const uint8_t * base[4] = { p, p + 4*nb, p + 8*nb, p + 12*nb };
+    for (auto & b : base) {
+        KVM_BASE(b);
+    }
+    __m512i x[2][4];
+    for (int i = 0; i < 2; ++i) {
+        __m512i r[4];
+        for (int j = 0; j < 4; ++j) {
+            r[j] = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) (base[2*i] + j*nb)));
+            r[j] = _mm512_inserti64x4(r[j], _mm256_loadu_si256((const __m256i *) (base[2*i + 1] + j*nb)), 1);
+        }
+        const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]);
+        const __m512i b = _mm512_unpackhi_epi32(r[0], r[1]);
+        const __m512i c = _mm512_unpacklo_epi32(r[2], r[3]);
+        const __m512i d = _mm512_unpackhi_epi32(r[2], r[3]);
+        // four rows, four others: words w and w + 4 of each
+        x[i][0] = _mm512_unpacklo_epi64(a, c);
+        x[i][1] = _mm512_unpackhi_epi64(a, c);
+        x[i][2] = _mm512_unpacklo_epi64(b, d);
+        x[i][3] = _mm512_unpackhi_epi64(b, d);
+    }
+    for (int w = 0; w < 4; ++w) {
+        res[w]     = _mm512_shuffle_i32x4(x[0][w], x[1][w], 0x88);
+        res[w + 4] = _mm512_shuffle_i32x4(x[0][w], x[1][w], 0xDD);
+    }
 }
 
 V_INLINE vf v_from_bits(vi x) { return _mm512_castsi512_ps(x); }
@@ -170,20 +209,16 @@ V_INLINE vf v_from_int(vi x) { return _mm512_cvtepi32_ps(x); }
 V_INLINE vi v_to_int(vf x) { return _mm512_cvtps_epi32(x); }
 V_INLINE vi v_iadd(vi a, vi b) { return _mm512_add_epi32(a, b); }
 V_INLINE int32_t v_ihsum(vi x) { return _mm512_reduce_add_epi32(x); }
-V_INLINE void v_store_i16(int16_t * p, vi x) { _mm256_storeu_si256((__m256i *) p, _mm512_cvtepi32_epi16(x)); }
+V_INLINE vi v_iload(const void * p) { return _mm512_loadu_si512(p); }
+V_INLINE void v_istore(void * p, vi x) { _mm512_storeu_si512(p, x); }
+// rounded to 16 bits: V_LEN numbers, then V_LEN others
+V_INLINE vi v_to_i16(vf a, vf b) {
+    return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), _mm512_packs_epi32(v_to_int(a), v_to_int(b)));
+}
+// a b/2^15 of 16-bit numbers, rounded
+V_INLINE vi v_mulhrs16(vi a, vi b) { return _mm512_mulhrs_epi16(a, b); }
 V_INLINE void v_store_i8(int8_t * p, vi x) { _mm_storeu_si128((__m128i *) p, _mm512_cvtepi32_epi8(x)); }
 V_INLINE vf v_abs(vf x) { return _mm512_abs_ps(x); }
-
-// dst = a b/2^15, rounded, n of them (a multiple of 64); their sum
-V_INLINE int32_t mul_i16(const int16_t * a, const int16_t * b, int16_t * dst, int n) {
-    __m512i sum = _mm512_setzero_si512();
-    for (int i = 0; i < n; i += 32) {
-        const __m512i x = _mm512_mulhrs_epi16(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i));
-        _mm512_storeu_si512(dst + i, x);
-        sum = _mm512_dpwssd_epi32(sum, x, _mm512_set1_epi16(1));
-    }
-    return _mm512_reduce_add_epi32(sum);
-}
 
 #elif defined(KVM_AVX2)
 
@@ -302,19 +337,12 @@ V_INLINE int32_t v_ihsum(vi x) {
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
 }
 V_INLINE __m128i pack_i16(vi x) { return _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)); }
-V_INLINE void v_store_i16(int16_t * p, vi x) { _mm_storeu_si128((__m128i *) p, pack_i16(x)); }
+V_INLINE vi v_iload(const void * p) { return _mm256_loadu_si256((const __m256i *) p); }
+V_INLINE void v_istore(void * p, vi x) { _mm256_storeu_si256((__m256i *) p, x); }
+V_INLINE vi v_to_i16(vf a, vf b) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(v_to_int(a), v_to_int(b)), 0xD8); }
+V_INLINE vi v_mulhrs16(vi a, vi b) { return _mm256_mulhrs_epi16(a, b); }
 V_INLINE void v_store_i8(int8_t * p, vi x) { _mm_storel_epi64((__m128i *) p, _mm_packs_epi16(pack_i16(x), pack_i16(x))); }
 V_INLINE vf v_abs(vf x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
-
-V_INLINE int32_t mul_i16(const int16_t * a, const int16_t * b, int16_t * dst, int n) {
-    __m256i sum = _mm256_setzero_si256();
-    for (int i = 0; i < n; i += 16) {
-        const __m256i x = _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *) (a + i)), _mm256_loadu_si256((const __m256i *) (b + i)));
-        _mm256_storeu_si256((__m256i *) (dst + i), x);
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, _mm256_set1_epi16(1)));
-    }
-    return v_ihsum(sum);
-}
 
 #elif defined(KVM_NEON)
 
@@ -433,23 +461,18 @@ V_INLINE vf v_from_int(vi x) { return vcvtq_f32_s32(vreinterpretq_s32_u8(x)); }
 V_INLINE vi v_to_int(vf x) { return vreinterpretq_u8_s32(vcvtnq_s32_f32(x)); }
 V_INLINE vi v_iadd(vi a, vi b) { return vreinterpretq_u8_s32(vaddq_s32(vreinterpretq_s32_u8(a), vreinterpretq_s32_u8(b))); }
 V_INLINE int32_t v_ihsum(vi x) { return vaddvq_s32(vreinterpretq_s32_u8(x)); }
-V_INLINE void v_store_i16(int16_t * p, vi x) { vst1_s16(p, vmovn_s32(vreinterpretq_s32_u8(x))); }
+V_INLINE vi v_iload(const void * p) { return vld1q_u8((const uint8_t *) p); }
+V_INLINE void v_istore(void * p, vi x) { vst1q_u8((uint8_t *) p, x); }
+V_INLINE vi v_to_i16(vf a, vf b) {
+    return vreinterpretq_u8_s16(vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(a)), vqmovn_s32(vcvtnq_s32_f32(b))));
+}
+V_INLINE vi v_mulhrs16(vi a, vi b) { return vreinterpretq_u8_s16(vqrdmulhq_s16(vreinterpretq_s16_u8(a), vreinterpretq_s16_u8(b))); }
 V_INLINE void v_store_i8(int8_t * p, vi x) {
     const int16x4_t y = vmovn_s32(vreinterpretq_s32_u8(x));
     const int32_t z = vget_lane_s32(vreinterpret_s32_s8(vmovn_s16(vcombine_s16(y, y))), 0);
     memcpy(p, &z, sizeof(z));
 }
 V_INLINE vf v_abs(vf x) { return vabsq_f32(x); }
-
-V_INLINE int32_t mul_i16(const int16_t * a, const int16_t * b, int16_t * dst, int n) {
-    int32x4_t sum = vdupq_n_s32(0);
-    for (int i = 0; i < n; i += 8) {
-        const int16x8_t x = vqrdmulhq_s16(vld1q_s16(a + i), vld1q_s16(b + i));
-        vst1q_s16(dst + i, x);
-        sum = vpadalq_s16(sum, x);
-    }
-    return vaddvq_s32(sum);
-}
 
 #else // portable
 
@@ -576,21 +599,38 @@ V_INLINE vi v_iadd(vi a, vi b) {
     return a;
 }
 V_INLINE int32_t v_ihsum(vi x) { int32_t res = 0; for (const auto & y : x.v) { res += load_i32(y); } return res; }
-V_INLINE void v_store_i16(int16_t * p, vi x) { for (int i = 0; i < V_LEN; ++i) { p[i] = (int16_t) load_i32(x.v[i]); } }
+V_INLINE vi v_iload(const void * p) { vi res; memcpy(res.v, p, sizeof(res.v)); return res; }
+V_INLINE void v_istore(void * p, vi x) { memcpy(p, x.v, sizeof(x.v)); }
+V_INLINE vi v_to_i16(vf a, vf b) {
+    int16_t res[2*V_LEN];
+    for (int i = 0; i < V_LEN; ++i) {
+        res[i]         = (int16_t) std::nearbyint(a.v[i]);
+        res[i + V_LEN] = (int16_t) std::nearbyint(b.v[i]);
+    }
+    return v_iload(res);
+}
+V_INLINE vi v_mulhrs16(vi a, vi b) {
+    int16_t x[2*V_LEN];
+    int16_t y[2*V_LEN];
+    v_istore(x, a);
+    v_istore(y, b);
+    for (int i = 0; i < 2*V_LEN; ++i) {
+        x[i] = (int16_t) ((x[i]*y[i] + (1 << 14)) >> 15);
+    }
+    return v_iload(x);
+}
 V_INLINE void v_store_i8(int8_t * p, vi x) { for (int i = 0; i < V_LEN; ++i) { p[i] = (int8_t) load_i32(x.v[i]); } }
 V_INLINE vf v_abs(vf x) { KVM_EACH(std::fabs(x.v[i])); }
 
-V_INLINE int32_t mul_i16(const int16_t * a, const int16_t * b, int16_t * dst, int n) {
-    int32_t sum = 0;
-    for (int i = 0; i < n; ++i) {
-        dst[i] = (int16_t) ((a[i]*b[i] + (1 << 14)) >> 15);
-        sum += dst[i];
-    }
-    return sum;
-}
-
 #undef KVM_EACH
 
+#endif
+
+#if !defined(KVM_AVX512)
+V_INLINE void v_transpose8(const uint8_t * p, size_t nb, vi res[8]) {
+    v_transpose4(p,      nb, res);
+    v_transpose4(p + 16, nb, res + 4);
+}
 #endif
 
 // e^x, relative error below 4e-7 + |x|/2^24; 0 where x < -87
