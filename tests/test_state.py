@@ -291,6 +291,27 @@ def test_any_fields_with_a_right_checksum(unified: bool, seq_id: int | None, mak
     assert min(results.values()) > 100
 
 
+def test_the_last_position_is_refused(make: Callable[..., MixedKVCache]) -> None:
+    """There is none after it, for a token that comes next."""
+    cache = make(unified=True)
+    add(cache, 3)
+    before = snapshot(cache)
+    for pos, shift, good in ((2**31 - 2, 0, True), (2**31 - 1, 0, False), (2**31 - 1, 1, False)):
+        parts = Parts.read(cache.state_write())
+        names = [name for name, _ in parts.fields]
+        last = max(i for i, name in enumerate(names) if name == "pos")
+        parts.fields[last] = ("pos", struct.pack("<i", pos))
+        parts.fields[last + 1] = ("shift", struct.pack("<i", shift))
+        if good:
+            other = make(unified=True)
+            other.state_read(parts.write())
+            assert other.seq_pos_max() == pos
+        else:
+            with pytest.raises(CacheError, match="a position of the state is out of range"):
+                cache.state_read(parts.write())
+            assert snapshot(cache) == before
+
+
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
 def test_every_bit_counts(unified: bool, make: Callable[..., MixedKVCache]) -> None:
     """A bit at each place of the state, rows included; a full cache of one layer."""

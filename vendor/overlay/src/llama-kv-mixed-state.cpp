@@ -410,8 +410,8 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
                     throw std::runtime_error("the cells of the state are out of order");
                 }
 
-                // the position before the shift must be one as well, with either sign
-                if (cell.pos < 0 || std::abs((int64_t) cell.shift) >= INT32_MAX || std::abs((int64_t) cell.pos - cell.shift) >= INT32_MAX) {
+                // one more, and the position before the shift with either sign, must be positions as well
+                if (cell.pos < 0 || cell.pos == INT32_MAX || std::abs((int64_t) cell.shift) >= INT32_MAX || std::abs((int64_t) cell.pos - cell.shift) >= INT32_MAX) {
                     throw std::runtime_error("a position of the state is out of range");
                 }
 
