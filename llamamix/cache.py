@@ -513,8 +513,7 @@ class MixedKVCache(KVCache):
 
         Rows are as the library keeps them: when the cold type is quantised and the head size is a multiple of 64, cold
         rows are rotated by a Hadamard matrix (K in blocks of the largest power of 2 that divides the head, V in blocks
-        of 64). Tokens that are committed by hand have no rows until these are
-        written.
+        of 64). Tokens that are committed by hand have no rows until these are written.
 
         Raises ParamsError when the context's cache is a plain one.
         """

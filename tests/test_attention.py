@@ -127,7 +127,8 @@ def is_possible(values: dict[str, Any]) -> bool:
             return False
         if n_embd and n_embd % (values.get(f"n_rot_{which}") or 1) != 0:
             return False
-    small = {"n_embd_k": 16, "n_embd_v": 16} | {f"n_embd_{x}": values.get(f"n_rot_{x}") or 16 for x in "kv"} | {"n_head_kv": 1, "n_cold": 1, "n_hot": 1, "n_gqa": 1}
+    small = {f"n_embd_{which}": values.get(f"n_rot_{which}") or 16 for which in "kv"}
+    small |= {"n_head_kv": 1, "n_cold": 1, "n_hot": 1, "n_gqa": 1}
     return values.get("n_cold", 1) + values.get("n_hot", 1) > 0 and Case(**small | values).cost <= COST_MAX
 
 
@@ -352,13 +353,16 @@ def bounds(data: Data, expected: Expected) -> tuple[np.ndarray, float]:
         """What an error of the dot products with cold rows makes of the weights."""
         return p * data.scale * cap * np.concatenate([e, np.zeros((*e.shape[:-1], c.n_hot))], axis=-1)
 
-    # A rotation adds and subtracts up to 16 values, then two such sums at a time, and multiplies by a rounded root.
+    def roundings(n_rot: int) -> float:
+        """A rotation adds up to 16 values, then two such sums at a time, and multiplies by a rounded root."""
+        return 16 + math.log2(n_rot / 16) + 2
+
     if c.n_rot_k:
-        n_sums = 16 + math.log2(c.n_rot_k / 16) + 2
+        n_sums = roundings(c.n_rot_k)
         worst_out += 2 * sum_abs(with_cold(U * n_sums * (np.abs(q) @ np.abs(rot_k) @ np.abs(k_cold))))
         square += sum_sq(with_cold(U * np.sqrt(n_sums / 6 * (np.square(q) @ np.square(rot_k) @ np.square(k_cold)))))
     if c.n_rot_v:
-        n_sums = 16 + math.log2(c.n_rot_v / 16) + 2
+        n_sums = roundings(c.n_rot_v)
         o_cold = p[..., cold] @ v_cold
         worst_out += U * n_sums * (np.abs(o_cold) @ np.abs(rot_v))
         square += np.square(U) * n_sums / 6 * (np.square(o_cold) @ np.square(rot_v))

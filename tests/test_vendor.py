@@ -20,11 +20,7 @@ from tool_modules import TOOLS, load_tool
 SCRIPT = TOOLS.resolve() / "vendor.py"
 
 
-def load_script():
-    return load_tool("vendor")
-
-
-vendor = load_script()
+vendor = load_tool("vendor")
 
 GRAPH = "".join(f"line {n}\n" for n in range(1, 21))
 UPSTREAM = {

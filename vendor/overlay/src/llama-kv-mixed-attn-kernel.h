@@ -359,7 +359,19 @@ KVM_UNROLL
         }
     }
 
-    // d0, d1: the scales of the blocks
+    // the first 8 of the 9 words of a pair that begins at x; d0, d1: the scales of its blocks
+    V_INLINE void begin(const uint8_t * x, size_t nb, const query_q8 * Q, vf & d0, vf & d1) {
+        vi word[8];
+        v_transpose8(x, nb, word);
+        d0 = v_f16_lo(word[0]);
+        d1 = v_f16_hi(word[4]);
+        clear();
+KVM_UNROLL
+        for (int w = 0; w < 8; ++w) {
+            dot_word<N>(s[w/5], word[w], Q, w);
+        }
+    }
+
     V_INLINE void add_to(vf acc[N], vf d0, vf d1, const query_q8 * Q) {
 KVM_UNROLL
         for (int r = 0; r < N; ++r) {
@@ -397,14 +409,7 @@ KVM_UNROLL
 
         // two pairs: 18 words, the last two as the end of four
         for (; i + 2 <= n_pair; i += 2, x += 4*SIZE_Q4, q += 2*n_rows) {
-            sums.clear();
-            v_transpose8(x, k.nb, word);
-            d0 = v_f16_lo(word[0]);
-            d1 = v_f16_hi(word[4]);
-KVM_UNROLL
-            for (int w = 0; w < 8; ++w) {
-                dot_word<N>(sums.s[w/5], word[w], q, w);
-            }
+            sums.begin(x, k.nb, q, d0, d1);
             next.visit(V_LEN);
 
             v_transpose8(x + 32, k.nb, word);
@@ -427,14 +432,7 @@ KVM_UNROLL
         }
 
         if (i < n_pair) {
-            sums.clear();
-            v_transpose8(x, k.nb, word);
-            d0 = v_f16_lo(word[0]);
-            d1 = v_f16_hi(word[4]);
-KVM_UNROLL
-            for (int w = 0; w < 8; ++w) {
-                dot_word<N>(sums.s[w/5], word[w], q, w);
-            }
+            sums.begin(x, k.nb, q, d0, d1);
             next.visit(V_LEN);
 
             v_transpose4(x + 20, k.nb, word);

@@ -48,7 +48,8 @@ llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint
             dev.set_n_threads = [set_n_threads, backend = dev.backend.get()](int n) { set_n_threads(backend, n); };
         }
 
-        dev.buf_meta.resize(n_tensors(dev.pairs.size())*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors(dev.pairs.size()), false));
+        const size_t n = n_tensors(dev.pairs.size());
+        dev.buf_meta.resize(n*ggml_tensor_overhead() + ggml_graph_overhead_custom(n, false));
 
         dev.galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(dev.backend.get())));
 
