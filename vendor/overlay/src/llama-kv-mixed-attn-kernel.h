@@ -409,8 +409,9 @@ KVM_UNROLL
 
         // two pairs: 18 words, the last two as the end of four
         for (; i + 2 <= n_pair; i += 2, x += 4*SIZE_Q4, q += 2*n_rows) {
+            next.visit(V_LEN/2);
             sums.begin(x, k.nb, q, d0, d1);
-            next.visit(V_LEN);
+            next.visit(V_LEN/2);
 
             v_transpose8(x + 32, k.nb, word);
             dot_word<N>(sums.s[1], word[0], q, 8);
@@ -423,17 +424,19 @@ KVM_UNROLL
             for (int w = 0; w < 7; ++w) {
                 dot_word<N>(sums.s[w/5], word[w + 1], q + n_rows, w);
             }
-            next.visit(V_LEN);
+            next.visit(V_LEN/2);
 
             v_transpose4(x + 56, k.nb, word);
+            next.visit(V_LEN/2);
             dot_word<N>(sums.s[1], word[2], q + n_rows, 7);
             dot_word<N>(sums.s[1], word[3], q + n_rows, 8);
             sums.add_to(acc, d0, d1, q + n_rows);
         }
 
         if (i < n_pair) {
+            next.visit(V_LEN/2);
             sums.begin(x, k.nb, q, d0, d1);
-            next.visit(V_LEN);
+            next.visit(V_LEN/2);
 
             v_transpose4(x + 20, k.nb, word);
             dot_word<N>(sums.s[1], word[3], q, 8);
@@ -1076,12 +1079,21 @@ V_INLINE int64_t first_segment_chunks(const attn_args & a, const attn_plan & p) 
     return (a.seg[0].n_kv + TILE - 1)/TILE/p.n_tile;
 }
 
-void attn_task(const attn_args & a, const attn_plan & p, int64_t task, float * partial, float * scratch) {
+// what a task is about
+struct place {
+    int64_t ikv, chunk, block, stream;
+
     // heads next to each other read cells next to each other
-    const int64_t ikv    = task % a.n_head_kv;
-    const int64_t chunk  = task / a.n_head_kv % p.n_chunk;
-    const int64_t block  = task / a.n_head_kv / p.n_chunk % p.n_block;
-    const int64_t stream = task / a.n_head_kv / p.n_chunk / p.n_block;
+    V_INLINE place(const attn_args & a, const attn_plan & p, int64_t task) :
+        ikv   (task % a.n_head_kv),
+        chunk (task / a.n_head_kv % p.n_chunk),
+        block (task / a.n_head_kv / p.n_chunk % p.n_block),
+        stream(task / a.n_head_kv / p.n_chunk / p.n_block) {}
+};
+
+void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t task_next, float * partial, float * scratch) {
+    const auto [ikv, chunk, block, stream] = place(a, p, task);
+    const place after(a, p, task_next);
 
     const int64_t token0   = block*p.n_tpb;
     const int64_t n_tokens = a.n_tokens - token0 < p.n_tpb ? a.n_tokens - token0 : p.n_tpb;
@@ -1120,12 +1132,12 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, float * p
     const int64_t begin = chunk*p.n_tile;
     const int64_t end   = begin + p.n_tile < n_tile[0] + n_tile[1] ? begin + p.n_tile : n_tile[0] + n_tile[1];
 
-    const auto locate = [&](int64_t t, int64_t head_kv, bool is_v) {
+    const auto locate = [&](int64_t t, int64_t head_kv, int64_t i_stream, bool is_v) {
         const int i = t >= n_tile[0];
         const auto & seg = a.seg[i];
         const size_t * nb = is_v ? seg.nb_v : seg.nb_k;
         return rows {
-            (const uint8_t *) (is_v ? seg.v : seg.k) + head_kv*nb[0] + (t - (i ? n_tile[0] : 0))*TILE*nb[1] + stream*nb[2], nb[1],
+            (const uint8_t *) (is_v ? seg.v : seg.k) + head_kv*nb[0] + (t - (i ? n_tile[0] : 0))*TILE*nb[1] + i_stream*nb[2], nb[1],
             (int64_t) ggml_row_size((ggml_type) (is_v ? seg.type_v : seg.type_k), is_v ? a.n_embd_v : a.n_embd_k),
         };
     };
@@ -1157,13 +1169,14 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, float * p
             continue;
         }
 
-        // of this head, or the first of the next head
         const auto get_tile = [&](bool is_v) {
             rows next = {};
-            if (it + 1 < end || ikv + 1 < a.n_head_kv) {
-                next = it + 1 < end ? locate(it + 1, ikv, is_v) : locate(begin, ikv + 1, is_v);
+            if (it + 1 < end) {
+                next = locate(it + 1, ikv, stream, is_v);
+            } else if (task_next < p.n_task) {
+                next = locate(after.chunk*p.n_tile, after.ikv, after.stream, is_v);
             }
-            return tile { locate(it, ikv, is_v), n_seen, ((is_v ? a.n_embd_v : a.n_embd_k) + BLOCK - 1)/BLOCK, next };
+            return tile { locate(it, ikv, stream, is_v), n_seen, ((is_v ? a.n_embd_v : a.n_embd_k) + BLOCK - 1)/BLOCK, next };
         };
 
         (p.gemm ? attend_gemm : attend)(a, p, w, n_rows, n_tokens, get_tile(false), seg.type_k, get_tile(true), seg.type_v, kind, slope);

@@ -153,10 +153,18 @@ void llama_kv_mixed_attn_run(
                 std::atomic<int64_t> & next,
                                float * partial,
                                float * scratch) {
-    for (int64_t task0; (task0 = next.fetch_add(plan.n_step, std::memory_order_relaxed)) < plan.n_task;) {
+    const auto take = [&] { return next.fetch_add(plan.n_step, std::memory_order_relaxed); };
+
+    // Who knows what comes next fetches its rows early. Not towards the end: what one thread holds, others can not take.
+    const int64_t n_early = plan.n_task - plan.n_task/4;
+
+    for (int64_t task0 = take(); task0 < plan.n_task;) {
+        const bool    early = task0 < n_early;
+        const int64_t after = early ? std::min(take(), plan.n_task) : plan.n_task;
         for (int64_t task = task0; task < task0 + plan.n_step; ++task) {
-            kernel.task(args, plan, task, partial, scratch);
+            kernel.task(args, plan, task, task + 1 < task0 + plan.n_step ? task + 1 : after, partial, scratch);
         }
+        task0 = early ? after : take();
     }
 }
 

@@ -46,8 +46,9 @@ llama_kv_mixed_attn_plan llama_kv_mixed_attn_make_plan(const llama_kv_mixed_attn
 struct llama_kv_mixed_attn_kernel {
     const char * name;
 
-    // task: [0, n_task); scratch: n_scratch floats of the calling thread; partial: n_task * n_partial floats
-    void (*task)(const llama_kv_mixed_attn_args & args, const llama_kv_mixed_attn_plan & plan, int64_t task, float * partial, float * scratch);
+    // task: [0, n_task); task_next: what the calling thread does then, n_task: not known; scratch: n_scratch floats of that
+    // thread; partial: n_task * n_partial floats
+    void (*task)(const llama_kv_mixed_attn_args & args, const llama_kv_mixed_attn_plan & plan, int64_t task, int64_t task_next, float * partial, float * scratch);
 
     // when n_partial > 0, after all tasks: rows [row0, row1) of n_stream * n_tokens * n_head
     void (*merge)(const llama_kv_mixed_attn_args & args, const llama_kv_mixed_attn_plan & plan, const float * partial, int64_t row0, int64_t row1);
