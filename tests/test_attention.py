@@ -753,8 +753,8 @@ def errors(kv_type: str, n_tokens: int) -> tuple[float, float, float]:
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
 def test_the_error_is_not_above_ggmls(kv_type: str, n_tokens: int, record_property: Callable) -> None:
     ours, theirs, distance = errors(kv_type, n_tokens)
-    record_property("ours", ours)
-    record_property("ggml", theirs)
+    record_property("ours", float(ours))
+    record_property("ggml", float(theirs))
     if kv_type == "q4_0" and n_tokens == 1:
         # Both round the query to the same 8 bits, so that the errors are nearly the same. ggml rounds its scales to F16
         # (2**-12 of scores that are 2 in size) and we the weights (to 2**-15 of the largest): smaller than the
