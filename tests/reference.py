@@ -16,6 +16,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pytest
 
 from llamamix import _ffi
 
@@ -457,6 +458,15 @@ def rewrite_gguf(
 def library_dir() -> Path:
     """The folder of the libllama that these tests use."""
     return next(folder.resolve() for folder in _ffi._lib_dirs() if (folder / _ffi._file_name("llama")).is_file())
+
+
+def find_program(name: str) -> Path:
+    """One of llama.cpp's programs: beside libllama, or in this checkout's build; the test is skipped where there is none."""
+    places = (library_dir(), Path(__file__).parent.parent / "build" / "cpu" / "bin")
+    for path in (place / name for place in places):
+        if path.is_file():
+            return path
+    pytest.skip(f"no {name}: cmake --build --preset cpu --target {name}")
 
 
 def environment(**changes: str | None) -> dict[str, str]:

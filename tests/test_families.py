@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import library_dir, rewrite_gguf
+from reference import find_program, rewrite_gguf
 from tiny_model import write_tiny_model
 from tool_modules import TOOLS, load_tool
 
@@ -501,11 +501,7 @@ def architectures() -> Any:
 
 def test_all_architectures(architectures: Any, tmp_path: Path) -> None:
     """Mixed or refused as the page says, and what is mixed gives the logits of a plain cache."""
-    places = (library_dir(), Path(__file__).parent.parent / "build" / "cpu" / "bin")
-    tool = next((place / "test-llama-archs" for place in places if (place / "test-llama-archs").is_file()), None)
-    if tool is None:
-        pytest.skip("no toy models: cmake --build --preset cpu --target test-llama-archs")
-    toys = architectures.make_toys(tool, tmp_path)
+    toys = architectures.make_toys(find_program("test-llama-archs"), tmp_path)
     assert len(toys) > 100
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(architectures.check_apart, toys))
