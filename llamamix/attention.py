@@ -319,7 +319,10 @@ def _array(name: str, array: Any, dtypes: tuple[str, ...], n_dims: int) -> np.nd
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else repr(array)
         raise ParamsError(f"{name} must be a {' or '.join(dtypes)} array of {n_dims} dimensions, not {found}.")
     contiguous = array.shape[-1] <= 1 or array.strides[-1] == array.itemsize
-    if contiguous and array.flags.aligned and array.dtype.isnative and min(array.strides) >= 0:
+    aligned = array.flags.aligned
+    if array.dtype == np.uint8:  # ggml's blocks begin with an F16
+        aligned = all(n % 2 == 0 for n in (array.ctypes.data, *array.strides[:-1]))
+    if contiguous and aligned and array.dtype.isnative and min(array.strides) >= 0:
         return array
     return np.array(array, array.dtype.newbyteorder("="), order="C")
 

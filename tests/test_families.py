@@ -19,7 +19,7 @@ from reference import find_program, rewrite_gguf
 from tiny_model import write_tiny_model
 from tool_modules import TOOLS, load_tool
 
-from llamamix import Context, ContextError, ContextFullError, DecodeAborted, KVMixedParams, MixedKVCache, Model
+from llamamix import Context, ContextError, ContextFullError, ContextParams, DecodeAborted, KVMixedParams, MixedKVCache, Model
 from llamamix._ffi import ffi, lib
 from llamamix.cli import main
 
@@ -206,6 +206,33 @@ def test_a_batch_that_does_not_fit(family: str, make: Callable, noise: Callable)
     assert context.stats.hot_used + context.stats.cold_used == 512
     with pytest.raises(ContextFullError):
         context.decode(TOKENS[:1], seq_id=1)
+
+
+def test_tokens_that_are_not_split_until_the_cache_is_full(
+    make: Callable, noise: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where recurrent states are kept to go back to, the last tokens of a sequence stay in one ubatch."""
+    to_c = ContextParams.to_c
+
+    def with_states_kept(params: ContextParams, n_threads: int) -> Any:
+        res = to_c(params, n_threads)
+        res.n_rs_seq = 8
+        return res
+
+    contexts = [make("hybrid", n_ctx=512)]
+    monkeypatch.setattr(ContextParams, "to_c", with_states_kept)
+    contexts.append(make("hybrid", n_ctx=512))
+    logits = []
+    for context in contexts:
+        context.decode(TOKENS[:505])
+        with pytest.raises(ContextFullError):
+            context.decode(TOKENS[505:513])
+        context.decode(TOKENS[505:512], logits="all")
+        logits.append(context.logits)
+        assert context.stats.hot_used + context.stats.cold_used == 512
+        with pytest.raises(ContextFullError):
+            context.decode(TOKENS[:1])
+    assert_close(*logits, noise("hybrid"))
 
 
 def test_an_aborted_batch(make: Callable, noise: Callable) -> None:

@@ -470,6 +470,18 @@ def test_a_restored_sequence_goes_on_bit_by_bit(
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_the_state_of_a_sequence_is_its_own(unified: bool, make_context: MakeContext) -> None:
+    """What becomes of other sequences does not change it."""
+    context = used(make_context(**contexts_params(unified)))
+    for seq_id in range(1, context.n_seq_max):
+        before = context.state_save(seq_id)
+        context.memory.seq_rm(seq_id - 1)
+        assert context.state_save(seq_id) == before
+        context.decode(random_tokens(5, 3), seq_id=seq_id - 1)
+        assert context.state_save(seq_id) == before
+
+
 def logits_of(context: Context, seq: int) -> list[np.ndarray]:
     context.decode([7], seq_id=seq)
     return [context.logits]

@@ -309,7 +309,8 @@ struct llama_kv_mixed_attn_segment {
 
     int64_t n_kv;   // cells, may be 0
 
-    size_t nb_k[3]; // bytes from one KV head, cell, stream to the next
+    // bytes from one KV head, cell, stream to the next; as the addresses, even where rows are quantised
+    size_t nb_k[3];
     size_t nb_v[3];
 };
 

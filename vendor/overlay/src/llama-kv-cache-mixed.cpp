@@ -463,7 +463,7 @@ llama_memory_context_ptr llama_kv_cache_mixed::init_batch(llama_batch_allocr & b
 
     std::vector<llama_ubatch> ubatches;
     while (true) {
-        const uint32_t n = get_n_ubatch(balloc, ubatches, n_ubatch);
+        const uint32_t n = get_n_ubatch(balloc, ubatches, n_ubatch, 0);
 
         auto ubatch = n_stream == 1 ? balloc.split_simple(n) : balloc.split_equal(n, true, 0);
 
@@ -640,7 +640,8 @@ std::vector<llama_kv_mixed_plan> llama_kv_cache_mixed::get_plans() const {
 uint32_t llama_kv_cache_mixed::get_n_ubatch(
               const llama_batch_allocr & balloc,
        const std::vector<llama_ubatch> & ubatches,
-                              uint32_t   n_ubatch) const {
+                              uint32_t   n_ubatch,
+                              uint32_t   n_tail) const {
     // without causal attention all tokens of a batch see each other, it can not be split
     if (lctx && !lctx->get_cparams().causal_attn) {
         return n_ubatch;
@@ -675,7 +676,7 @@ uint32_t llama_kv_cache_mixed::get_n_ubatch(
         }
     }
 
-    return res == 0 ? n_ubatch : res;
+    return res <= n_tail ? n_ubatch : res;
 }
 
 llama_kv_cache_mixed::slot_info_vec_t llama_kv_cache_mixed::prepare(const std::vector<llama_ubatch> & ubatches) {
@@ -1393,10 +1394,11 @@ uint32_t llama_kv_mixed_n_ubatch(
                        const llama_kv_cache & kv,
                    const llama_batch_allocr & balloc,
             const std::vector<llama_ubatch> & ubatches,
-                                   uint32_t   n_ubatch) {
+                                   uint32_t   n_ubatch,
+                                   uint32_t   n_tail) {
     const auto * mixed = dynamic_cast<const llama_kv_cache_mixed *>(&kv);
 
-    return mixed ? mixed->get_n_ubatch(balloc, ubatches, n_ubatch) : n_ubatch;
+    return mixed ? mixed->get_n_ubatch(balloc, ubatches, n_ubatch, n_tail) : n_ubatch;
 }
 
 uint32_t llama_kv_mixed_n_ctx_seq(const llama_kv_cache & kv) {

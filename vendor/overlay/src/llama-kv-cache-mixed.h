@@ -109,8 +109,9 @@ public:
     uint32_t get_n_ctx_seq() const;
 
     // the most tokens that the next ubatch of a batch may have, after the given ones; n_ubatch when nothing limits it, or
-    // when what is left of the batch does not fit anyway
-    uint32_t get_n_ubatch(const llama_batch_allocr & balloc, const std::vector<llama_ubatch> & ubatches, uint32_t n_ubatch) const;
+    // when what is left of the batch does not fit anyway. The last n_tail tokens of a sequence are not split, which takes a
+    // ubatch of more tokens than that.
+    uint32_t get_n_ubatch(const llama_batch_allocr & balloc, const std::vector<llama_ubatch> & ubatches, uint32_t n_ubatch, uint32_t n_tail) const;
 
     // a head's rows in cold are rotated in blocks of so many values, 0: they are not
     int64_t get_n_rot_k() const;
@@ -378,7 +379,8 @@ uint32_t llama_kv_mixed_n_ubatch(
                        const llama_kv_cache & kv,
                    const llama_batch_allocr & balloc,
             const std::vector<llama_ubatch> & ubatches,
-                                   uint32_t   n_ubatch);
+                                   uint32_t   n_ubatch,
+                                   uint32_t   n_tail = 0);
 
 // the tokens that a stream holds: all cells of another cache
 uint32_t llama_kv_mixed_n_ctx_seq(const llama_kv_cache & kv);

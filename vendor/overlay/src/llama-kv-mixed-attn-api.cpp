@@ -36,7 +36,7 @@ static const llama_kv_mixed_attn_kernel & check(const llama_kv_mixed_attn_args *
             throw std::invalid_argument("n_kv is negative");
         }
         for (const auto & [type, n_embd] : { std::pair(seg.type_k, args->n_embd_k), std::pair(seg.type_v, args->n_embd_v) }) {
-            if (!llama_kv_mixed_is_cache_type((ggml_type) type)) {
+            if (!llama_kv_mixed_is_cache_type(type)) {
                 throw std::invalid_argument(format("the type %d is not a KV cache type", type));
             }
             if (n_embd % ggml_blck_size((ggml_type) type) != 0) {
@@ -57,7 +57,8 @@ LLAMA_API int32_t llama_kv_mixed_attn(const llama_kv_mixed_attn_args * args, int
     llama_kv_mixed_error().clear();
 
     try {
-        llama_kv_mixed_attn_compute(check(args, n_threads, isa), *args, n_threads);
+        const auto & kernel = check(args, n_threads, isa);
+        llama_kv_mixed_attn_compute(kernel, *args, n_threads);
     } catch (const std::exception & err) {
         llama_kv_mixed_error() = err.what();
         return -1;

@@ -17,7 +17,7 @@ static const ggml_type cache_types[] = {
     GGML_TYPE_IQ4_NL, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1,
 };
 
-bool llama_kv_mixed_is_cache_type(ggml_type type) {
+bool llama_kv_mixed_is_cache_type(int32_t type) {
     return std::find(std::begin(cache_types), std::end(cache_types), type) != std::end(cache_types);
 }
 
@@ -153,7 +153,7 @@ void llama_kv_mixed_validate(const llama_kv_mixed_params & params) {
         throw std::invalid_argument(format("attn=%d is no llama_kv_mixed_attn_type", params.attn));
     }
     for (const int32_t type : { params.type_cold_k, params.type_cold_v }) {
-        if (!llama_kv_mixed_is_cache_type((ggml_type) type)) {
+        if (!llama_kv_mixed_is_cache_type(type)) {
             throw std::invalid_argument(format("the cold type %d is not a KV cache type", type));
         }
     }

@@ -223,8 +223,17 @@ void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_i
                 }
             }
 
+            // of a sequence alone nothing that other sequences change: behind its newest token, where it stands in most cases
+            uint32_t head = kv->v_heads[s];
+            if (seq_id != -1) {
+                const auto newest = std::max_element(idxs.back().begin(), idxs.back().end(), [&](uint32_t a, uint32_t b) {
+                    return cells.pos_get(a) < cells.pos_get(b);
+                });
+                head = newest == idxs.back().end() ? 0 : *newest + 1;
+            }
+
             out.put<uint32_t>(idxs.back().size());
-            out.put<uint32_t>(kv->v_heads[s]);
+            out.put(head);
 
             for (const uint32_t i : idxs.back()) {
                 out.put(i);
