@@ -212,6 +212,12 @@ def test_a_server_that_is_not_ready_in_time(stand_in: Callable) -> None:
     assert not server.is_running
 
 
+def test_a_server_is_asked_to_end(stand_in: Callable) -> None:
+    with Server([], None, program=stand_in()) as server:
+        server.wait_ready(60)
+    assert server.wait() == 3  # as its own handler of SIGTERM ends it
+
+
 def test_a_server_that_does_not_heed_is_killed(stand_in: Callable) -> None:
     with Server([], None, program=stand_in("signal.signal(signal.SIGTERM, signal.SIG_IGN)")) as server:
         server.wait_ready(60)
