@@ -19,7 +19,16 @@ from reference import find_program, rewrite_gguf
 from tiny_model import write_tiny_model
 from tool_modules import TOOLS, load_tool
 
-from llamamix import Context, ContextError, ContextFullError, ContextParams, DecodeAborted, KVMixedParams, MixedKVCache, Model
+from llamamix import (
+    Context,
+    ContextError,
+    ContextFullError,
+    ContextParams,
+    DecodeAborted,
+    KVMixedParams,
+    MixedKVCache,
+    Model,
+)
 from llamamix._ffi import ffi, lib
 from llamamix.cli import main
 

@@ -6,8 +6,8 @@
     python tools/peer_tests.py llama-cpp-python    # the binding's own test suite (the package must be installed)
 
 Each of llama.cpp's tests runs once per model: for every architecture a tiny one that test-llama-archs writes, and
-SmolLM2 where a test wants a real one. A model of which the library says "no mixed KV cache ..." is counted once as not
-applicable (n/a), and the reason listed. Exits 1 when something fails with the mixed cache that does not without it.
+SmolLM2 where a test wants a real one. A model that the library refuses a mixed cache is counted once as not applicable
+(n/a), and the reason listed. Exits 1 when something fails with the mixed cache that does not without it.
 
 stdout carries the table; everything said along the way, reasons and failures, goes to stderr.
 """
@@ -52,6 +52,7 @@ _WITH_REAL_MODEL: dict[str, list[str]] = {
     "test-autorelease": ["{model}"],
 }
 _TIMEOUT = 300  # seconds for one program
+# what the library says of a model that can have none
 _REFUSED = re.compile(r"no mixed KV cache [^\n]*|cold_[kv]=\w+ stores blocks [^\n]*|no layer of this model attends [^\n]*")
 _ANSI = re.compile(r"\033\[[\d;]*m")
 _STATUS = re.compile(r"\b(PASS|FAIL|SKIP|OK)\b")
