@@ -1,4 +1,4 @@
-"""The attention kernel in a program of its own (attn_run.cpp), compiled for another processor and run by an emulator.
+"""The kernels in a program of their own (attn_run.cpp), compiled for another processor and run by an emulator.
 
 LLAMAMIX_ATTN_RUN is the command, e.g. "qemu-aarch64 build/aarch64/bin/attn-run".
 """
@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from llamamix import ggml
 from llamamix.params import KV_TYPES
+
+_ATTENTION, _QUANTIZE = 0, 1
 
 
 @cache
@@ -32,6 +35,16 @@ def emulated_isas() -> tuple[str, ...]:
     names = process.stdout.readline().decode().split()
     assert names, f"{os.environ['LLAMAMIX_ATTN_RUN']} does not start"
     return tuple(f"emulated {name}" for name in names if name != "generic")
+
+
+def _request(isa: str, what: int, header: bytes, arrays: list[np.ndarray], n_bytes: int) -> bytes:
+    process = _process()
+    start = struct.pack("16sq", isa.removeprefix("emulated ").encode(), what)
+    process.stdin.write(b"".join([start, header, *(np.ascontiguousarray(x).tobytes() for x in arrays)]))
+    process.stdin.flush()
+    data = process.stdout.read(n_bytes)
+    assert len(data) == n_bytes, f"{isa}: the program has stopped"
+    return data
 
 
 def compute(
@@ -57,14 +70,18 @@ def compute(
     n_embd_v = hot_v.shape[3]  # hot rows are not quantised
     arrays += [x for x in (mask, sinks) if x is not None]
     header = struct.pack(
-        "16s21q3d", isa.removeprefix("emulated ").encode(), n_threads, n_embd_k, n_embd_v, n_head,
-        segments[0][0][1].shape[2], n_tokens, n_stream, *sizes, 0 if mask is None else mask.itemsize,
-        int(sinks is not None), *n_rot, scale, logit_softcap, max_bias,
+        "21q3d", n_threads, n_embd_k, n_embd_v, n_head, segments[0][0][1].shape[2], n_tokens, n_stream, *sizes,
+        0 if mask is None else mask.itemsize, int(sinks is not None), *n_rot, scale, logit_softcap, max_bias,
     )  # fmt: skip
-    process = _process()
-    process.stdin.write(b"".join([header, *(np.ascontiguousarray(x).tobytes() for x in arrays)]))
-    process.stdin.flush()
     shape = (n_stream, n_tokens, n_head, n_embd_v)
-    data = process.stdout.read(4 * int(np.prod(shape)))
-    assert len(data) == 4 * int(np.prod(shape)), f"{isa}: the program has stopped"
+    data = _request(isa, _ATTENTION, header, arrays, 4 * int(np.prod(shape)))
     return np.frombuffer(data, np.float32).reshape(shape)
+
+
+def quantize(isa: str, src: ggml.Tensor, kv_type: str, n_rot: int) -> np.ndarray:
+    """Rows [n, n_rows], rotated in blocks of n_rot, as the bytes of another type: uint8 [n_rows, row_size]."""
+    n, n_rows = src.ne
+    header = struct.pack("5q", KV_TYPES[src.type], KV_TYPES[kv_type], n_rows, n, n_rot)
+    row_size = ggml.row_size(kv_type, n)
+    data = _request(isa, _QUANTIZE, header, [src.data], n_rows * row_size)
+    return np.frombuffer(data, np.uint8).reshape(n_rows, row_size)

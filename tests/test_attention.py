@@ -354,8 +354,8 @@ def bounds(data: Data, expected: Expected) -> tuple[np.ndarray, float]:
         return p * data.scale * cap * np.concatenate([e, np.zeros((*e.shape[:-1], c.n_hot))], axis=-1)
 
     def roundings(n_rot: int) -> float:
-        """A rotation adds up to 16 values, then two such sums at a time, and multiplies by a rounded root."""
-        return 16 + math.log2(n_rot / 16) + 2
+        """A rotation multiplies by the inverse of a root, both rounded, and adds two values or sums at a time."""
+        return 3 + math.log2(n_rot)
 
     if c.n_rot_k:
         n_sums = roundings(c.n_rot_k)

@@ -352,5 +352,10 @@ struct llama_kv_mixed_attn_args {
 // Returns 0; or -1 with the reason in llama_kv_mixed_last_error().
 int32_t llama_kv_mixed_attn(const struct llama_kv_mixed_attn_args * args, int32_t n_threads, const char * isa);
 
+// n_rows contiguous rows of n values as a migration on the CPU stores them: rotated as above in blocks of n_rot values, a power
+// of 2 from 32 to 1024, 0: not; then quantised. From f32, f16, bf16 to q4_0, q8_0. Returns 0; or -1 with the reason as above.
+int32_t llama_kv_mixed_quantize(
+        const void * src, int32_t type_src, void * dst, int32_t type_dst, int64_t n_rows, int64_t n, int64_t n_rot, const char * isa);
+
 // The instruction sets that can be asked for on this machine, best first, separated by spaces.
 const char * llama_kv_mixed_attn_isas(void);

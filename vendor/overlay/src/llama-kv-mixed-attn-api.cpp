@@ -5,6 +5,14 @@
 
 #include <stdexcept>
 
+static const llama_kv_mixed_attn_kernel & get_kernel(const char * isa) {
+    const auto * res = llama_kv_mixed_attn_get_kernel(isa);
+    if (!res) {
+        throw std::invalid_argument(format("this machine does not run '%s' (it has %s)", isa, llama_kv_mixed_attn_isas()));
+    }
+    return *res;
+}
+
 //
 // llama_kv_mixed_attn
 //
@@ -46,11 +54,7 @@ static const llama_kv_mixed_attn_kernel & check(const llama_kv_mixed_attn_args *
         }
     }
 
-    const auto * res = llama_kv_mixed_attn_get_kernel(isa);
-    if (!res) {
-        throw std::invalid_argument(format("this machine does not run '%s' (it has %s)", isa, llama_kv_mixed_attn_isas()));
-    }
-    return *res;
+    return get_kernel(isa);
 }
 
 LLAMA_API int32_t llama_kv_mixed_attn(const llama_kv_mixed_attn_args * args, int32_t n_threads, const char * isa) {
@@ -59,6 +63,32 @@ LLAMA_API int32_t llama_kv_mixed_attn(const llama_kv_mixed_attn_args * args, int
     try {
         const auto & kernel = check(args, n_threads, isa);
         llama_kv_mixed_attn_compute(kernel, *args, n_threads);
+    } catch (const std::exception & err) {
+        llama_kv_mixed_error() = err.what();
+        return -1;
+    }
+
+    return 0;
+}
+
+LLAMA_API int32_t llama_kv_mixed_quantize(
+        const void * src, int32_t type_src, void * dst, int32_t type_dst, int64_t n_rows, int64_t n, int64_t n_rot, const char * isa) {
+    llama_kv_mixed_error().clear();
+
+    try {
+        if (!src || !dst || n_rows < 0) {
+            throw std::invalid_argument("there are no rows");
+        }
+        if (!llama_kv_mixed_quantize_supports(type_src, type_dst, n, n_rot)) {
+            throw std::invalid_argument(format("rows of %d values of type %d, rotated in blocks of %d, do not go to type %d",
+                (int) n, type_src, (int) n_rot, type_dst));
+        }
+        const auto & kernel = get_kernel(isa);
+        const size_t nb_src = ggml_row_size((ggml_type) type_src, n);
+        const size_t nb_dst = ggml_row_size((ggml_type) type_dst, n);
+        for (int64_t i = 0; i < n_rows; ++i) {
+            kernel.quantize_row((const char *) src + i*nb_src, type_src, (char *) dst + i*nb_dst, type_dst, n, n_rot);
+        }
     } catch (const std::exception & err) {
         llama_kv_mixed_error() = err.what();
         return -1;

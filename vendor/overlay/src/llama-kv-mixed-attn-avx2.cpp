@@ -2,9 +2,10 @@
 
 #define KVM_AVX2
 #include "llama-kv-mixed-attn-kernel.h"
+#include "llama-kv-mixed-quantize.h"
 
 extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_avx2;
 
-const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_avx2 = { "avx2", attn_task, attn_merge };
+const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_avx2 = { "avx2", attn_task, attn_merge, quantize_row };
 
 #endif

@@ -1,5 +1,6 @@
 #include "llama-kv-mixed-attn-kernel.h"
+#include "llama-kv-mixed-quantize.h"
 
 extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_generic;
 
-const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_generic = { "generic", attn_task, attn_merge };
+const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_generic = { "generic", attn_task, attn_merge, quantize_row };

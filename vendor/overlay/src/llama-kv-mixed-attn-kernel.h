@@ -4,7 +4,7 @@
 #pragma once
 
 #include "llama-kv-mixed-attn.h"
-#include "llama-kv-mixed-simd.h"
+#include "llama-kv-mixed-rows.h"
 
 #include "ggml.h"
 
@@ -16,47 +16,8 @@ constexpr int TILE = 128;
 // query rows that share a tile's scores while these are in the first cache level
 constexpr int ROWS = 48;
 
-constexpr int BLOCK   = 32; // elements of a quantised block
-constexpr int SIZE_Q4 = 18; // bytes of a block: scale, 16 bytes; byte i has elements i (low nibble) and i + 16
-constexpr int SIZE_Q8 = 34; // scale, 32 bytes
-
 using attn_args = llama_kv_mixed_attn_args;
 using attn_plan = llama_kv_mixed_attn_plan;
-
-//
-// rows as floats: BLOCK elements at a time, in V_BLOCK vectors
-//
-
-constexpr int V_BLOCK = BLOCK/V_LEN;
-
-// load(): vector i of block b, without the block's scale; scale(): the scales of that block in V_LEN rows
-
-struct row_f32 {
-    static constexpr bool scaled = false;
-    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load((const float *) row + b*BLOCK + i*V_LEN); }
-};
-
-struct row_f16 {
-    static constexpr bool scaled = false;
-    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_f16(row + 2*(b*BLOCK + i*V_LEN)); }
-};
-
-struct row_bf16 {
-    static constexpr bool scaled = false;
-    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_bf16(row + 2*(b*BLOCK + i*V_LEN)); }
-};
-
-struct row_q8_0 {
-    static constexpr bool scaled = true;
-    static constexpr int  size   = SIZE_Q8;
-    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_i8(row + b*size + 2 + i*V_LEN); }
-};
-
-struct row_q4_0 {
-    static constexpr bool scaled = true;
-    static constexpr int  size   = SIZE_Q4;
-    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_i4(row + b*size + 2, i); }
-};
 
 // the scales of block b in rows [0, n), n rounded up to whole vectors; rows from n on are not read
 template <class row>
@@ -698,53 +659,6 @@ void transpose(const float * src, int64_t ld, int64_t n_embd, float * dst) {
 KVM_UNROLL
             for (int p = 0; p < 4; ++p) {
                 v_store(dst + (i + p)*TILE + j, v_from_bits(x[p]));
-            }
-        }
-    }
-}
-
-//
-// rotation
-//
-
-// signs of the Walsh-Hadamard matrix
-struct sign_matrix {
-    float v[V_LEN][V_LEN];
-
-    constexpr sign_matrix() : v() {
-        for (int i = 0; i < V_LEN; ++i) {
-            for (int j = 0; j < V_LEN; ++j) {
-                int n = 0;
-                for (int bits = i & j; bits != 0; bits &= bits - 1) {
-                    ++n;
-                }
-                v[i][j] = n % 2 == 0 ? 1.0f : -1.0f;
-            }
-        }
-    }
-};
-
-alignas(64) constexpr sign_matrix SIGNS;
-
-// x times the orthonormal Walsh-Hadamard matrix in blocks of n values: vectors by their part of it, then between vectors
-// the fast transform; the matrix is its own inverse
-void rotate(float * x, int64_t n_embd, int64_t n) {
-    const vf scale = v_set(1.0f/sqrtf((float) n));
-    for (int64_t i = 0; i < n_embd; i += V_LEN) {
-        vf y = v_zero();
-KVM_UNROLL
-        for (int j = 0; j < V_LEN; ++j) {
-            y = v_fma(v_set(x[i + j]), v_load(SIGNS.v[j]), y);
-        }
-        v_store(x + i, v_mul(y, scale));
-    }
-    for (int64_t h = V_LEN; h < n; h *= 2) {
-        for (int64_t i = 0; i < n_embd; i += 2*h) {
-            for (int64_t j = i; j < i + h; j += V_LEN) {
-                const vf a = v_load(x + j);
-                const vf b = v_load(x + j + h);
-                v_store(x + j,     v_add(a, b));
-                v_store(x + j + h, v_sub(a, b));
             }
         }
     }

@@ -41,6 +41,14 @@ bool llama_kv_mixed_attn_supports(int64_t n_embd_k, int64_t n_embd_v, int64_t n_
     return n_embd_k <= LLAMA_KV_MIXED_ATTN_MAX_EMBD && n_embd_v <= LLAMA_KV_MIXED_ATTN_MAX_EMBD && n_gqa <= LLAMA_KV_MIXED_ATTN_MAX_ROWS;
 }
 
+bool llama_kv_mixed_quantize_supports(int32_t type_src, int32_t type_dst, int64_t n, int64_t n_rot) {
+    const bool is_rot = n_rot >= 32 && n_rot <= LLAMA_KV_MIXED_QUANTIZE_MAX_ROT && (n_rot & (n_rot - 1)) == 0 && n % n_rot == 0;
+
+    return (type_src == GGML_TYPE_F16 || type_src == GGML_TYPE_BF16 || type_src == GGML_TYPE_F32)
+        && (type_dst == GGML_TYPE_Q4_0 || type_dst == GGML_TYPE_Q8_0)
+        && n > 0 && n % 32 == 0 && (n_rot == 0 || is_rot);
+}
+
 llama_kv_mixed_attn_plan llama_kv_mixed_attn_make_plan(const llama_kv_mixed_attn_args & args) {
     llama_kv_mixed_attn_plan res = {};
 

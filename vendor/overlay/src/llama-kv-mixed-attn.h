@@ -8,7 +8,7 @@
 #include <string>
 
 //
-// attention over the hot and cold rows of a mixed KV cache, on the CPU
+// attention over the hot and cold rows of a mixed KV cache, and how hot rows become cold ones, on the CPU
 //
 // softmax(Q K^T) V in one pass over both, with a running maximum and sum ("online softmax", Milakov & Gimelshein 2018;
 // the split over positions is that of Flash-Decoding). Pure functions over pointers and strides, llama_kv_mixed_attn_args: nothing here knows of
@@ -20,6 +20,9 @@
 
 // largest head
 #define LLAMA_KV_MIXED_ATTN_MAX_EMBD 1024
+
+// largest block of values that a row is rotated in
+#define LLAMA_KV_MIXED_QUANTIZE_MAX_ROT 1024
 
 // how the work is split: into tasks that are independent of each other, the same ones for any number of threads
 struct llama_kv_mixed_attn_plan {
@@ -52,10 +55,16 @@ struct llama_kv_mixed_attn_kernel {
 
     // when n_partial > 0, after all tasks: rows [row0, row1) of n_stream * n_tokens * n_head
     void (*merge)(const llama_kv_mixed_attn_args & args, const llama_kv_mixed_attn_plan & plan, const float * partial, int64_t row0, int64_t row1);
+
+    // a row of n values, as the arguments of llama_kv_mixed_quantize_supports() say
+    void (*quantize_row)(const void * src, int32_t type_src, void * dst, int32_t type_dst, int64_t n, int64_t n_rot);
 };
 
 // whether the kernels take these sizes
 bool llama_kv_mixed_attn_supports(int64_t n_embd_k, int64_t n_embd_v, int64_t n_gqa);
+
+// whether the kernels quantise rows of n values from one type to another, rotated in blocks of n_rot values, 0: not rotated
+bool llama_kv_mixed_quantize_supports(int32_t type_src, int32_t type_dst, int64_t n, int64_t n_rot);
 
 // the kernel for this machine, or the one of that name ("avx512", "avx2", "dotprod", "neon", "generic"); null when it can not run here
 const llama_kv_mixed_attn_kernel * llama_kv_mixed_attn_get_kernel(const char * name = nullptr);

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-static bool is_cpu(const ggml_tensor * t) {
+bool llama_kv_mixed_is_cpu(const ggml_tensor * t) {
     if (!t->buffer || !ggml_backend_buffer_is_host(t->buffer)) {
         return false;
     }
@@ -16,7 +16,7 @@ const char * llama_kv_mixed_fused_reason(const ggml_tensor * k_hot, const ggml_t
     if (!llama_kv_mixed_attn_supports(n_embd_k, n_embd_v, n_gqa)) {
         return "the heads are too large, or too many share a KV head";
     }
-    if (!is_cpu(k_hot) || !is_cpu(k_cold)) {
+    if (!llama_kv_mixed_is_cpu(k_hot) || !llama_kv_mixed_is_cpu(k_cold)) {
         return "the cache is not in the CPU's memory";
     }
     return nullptr;

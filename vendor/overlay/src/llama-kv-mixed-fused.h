@@ -12,6 +12,9 @@
 // the fused kernel as nodes of a compute graph
 //
 
+// whether the CPU computes on these rows where they are
+bool llama_kv_mixed_is_cpu(const ggml_tensor * t);
+
 // why the kernel can not compute the attention of a cache with these rows of a layer, null: it can
 const char * llama_kv_mixed_fused_reason(const ggml_tensor * k_hot, const ggml_tensor * k_cold, int64_t n_embd_k, int64_t n_embd_v, int64_t n_gqa);
 

@@ -1,5 +1,7 @@
 #include "llama-kv-mixed-mover.h"
 
+#include "llama-kv-mixed-fused.h"
+
 #include "llama-impl.h"
 
 #include "ggml-backend.h"
@@ -14,9 +16,15 @@ static ggml_backend_dev_t get_dev(const ggml_tensor * t) {
     return dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
-// per pair: two flattened tensors, the rows, the write, a matrix, the product and two views of what that takes and gives
+static bool is_fused(const llama_kv_mixed_mover::pair & p) {
+    return llama_kv_mixed_is_cpu(p.src) && llama_kv_mixed_is_cpu(p.dst) &&
+        llama_kv_mixed_quantize_supports(p.src->type, p.dst->type, p.src->ne[0], p.n_rot);
+}
+
+// per pair: two flattened tensors, the rows, the write, a matrix, the product and two views of what that takes and gives;
+// the numbers of rows, and the node of the kernels
 static size_t n_tensors(size_t n_pairs) {
-    return 8*n_pairs + 2;
+    return 8*n_pairs + 3;
 }
 
 llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint32_t n_max) {
@@ -31,7 +39,7 @@ llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint
             order.push_back(dev);
             devs.emplace_back();
         }
-        devs[i].pairs.push_back(p);
+        (is_fused(p) ? devs[i].pairs_fused : devs[i].pairs).push_back(p);
     }
 
     for (size_t i = 0; i < devs.size(); ++i) {
@@ -58,8 +66,9 @@ llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint
         for (int j = 0; j < ggml_graph_n_nodes(g.gf); ++j) {
             const ggml_tensor * node = ggml_graph_node(g.gf, j);
             if (!ggml_backend_supports_op(dev.backend.get(), node)) {
+                const auto & p = dev.pairs.empty() ? dev.pairs_fused[0] : dev.pairs[0];
                 throw std::runtime_error(format("%s can not copy %s rows to %s", ggml_backend_dev_name(order[i]),
-                    ggml_type_name(dev.pairs[0].src->type), ggml_type_name(dev.pairs[0].dst->type)));
+                    ggml_type_name(p.src->type), ggml_type_name(p.dst->type)));
             }
         }
 
@@ -91,6 +100,11 @@ llama_kv_mixed_mover::graph llama_kv_mixed_mover::build(device & dev, uint32_t n
         return ggml_reshape_2d(ctx, t, t->ne[0], t->ne[1]*t->ne[2]);
     };
 
+    if (!dev.pairs_fused.empty()) {
+        ggml_tensor * rows[2] = { res.src, res.dst };
+        ggml_build_forward_expand(res.gf, ggml_custom_4d(ctx, GGML_TYPE_I32, 1, 1, 1, 1, rows, 2, quantize, GGML_N_TASKS_MAX, &dev));
+    }
+
     for (const auto & p : dev.pairs) {
         ggml_tensor * rows = ggml_get_rows(ctx, flat(p.src), res.src);
 
@@ -107,6 +121,25 @@ llama_kv_mixed_mover::graph llama_kv_mixed_mover::build(device & dev, uint32_t n
     }
 
     return res;
+}
+
+void llama_kv_mixed_mover::quantize(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    static const auto & kernel = *llama_kv_mixed_attn_get_kernel();
+
+    const auto & pairs = ((const device *) userdata)->pairs_fused;
+
+    const auto * rows_src = (const int32_t *) dst->src[0]->data;
+    const auto * rows_dst = (const int64_t *) dst->src[1]->data;
+
+    const int64_t n_rows  = dst->src[0]->ne[0];
+    const int64_t n_total = n_rows*pairs.size();
+
+    for (int64_t i = n_total*ith/nth; i < n_total*(ith + 1)/nth; ++i) {
+        const auto & p = pairs[i/n_rows];
+        const char * src = (const char *) p.src->data + rows_src[i % n_rows]*p.src->nb[1];
+        char       * res = (char *)       p.dst->data + rows_dst[i % n_rows]*p.dst->nb[1];
+        kernel.quantize_row(src, p.src->type, res, p.dst->type, p.src->ne[0], p.n_rot);
+    }
 }
 
 bool llama_kv_mixed_mover::move(const std::vector<int32_t> & src, const std::vector<int64_t> & dst, int n_threads) {

@@ -11,8 +11,9 @@
 //
 // llama_kv_mixed_mover
 //
-// copies rows of one set of tensors into another with ggml's own get_rows and set_rows, on the device that holds them,
-// rotated on the way where that is wanted; it needs no llama_context, and knows nothing of cells
+// copies rows of one set of tensors into another on the device that holds them, rotated on the way where that is wanted:
+// in one step where the CPU's kernels can quantise them, else with ggml's own get_rows and set_rows. It needs no
+// llama_context, and knows nothing of cells.
 //
 
 class llama_kv_mixed_mover {
@@ -44,7 +45,8 @@ private:
 
     // the pairs that live on one device
     struct device {
-        std::vector<pair> pairs;
+        std::vector<pair> pairs;       // by ggml
+        std::vector<pair> pairs_fused; // by the kernels
 
         ggml_backend_ptr backend;
         ggml_gallocr_ptr galloc;
@@ -68,6 +70,9 @@ private:
     };
 
     static graph build(device & dev, uint32_t n);
+
+    // all of a device's pairs_fused, as a node of its graph
+    static void quantize(ggml_tensor * dst, int ith, int nth, void * userdata);
 
     std::vector<device> devs;
 };

@@ -219,6 +219,23 @@ V_INLINE vi v_to_i16(vf a, vf b) {
 V_INLINE vi v_mulhrs16(vi a, vi b) { return _mm512_mulhrs_epi16(a, b); }
 V_INLINE void v_store_i8(int8_t * p, vi x) { _mm_storeu_si128((__m128i *) p, _mm512_cvtepi32_epi8(x)); }
 V_INLINE vf v_abs(vf x) { return _mm512_abs_ps(x); }
+// towards 0
+V_INLINE vi v_to_int_trunc(vf x) { return _mm512_cvttps_epi32(x); }
+
+// 32 numbers from 0 to 15 as nibbles of 16 bytes
+V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
+    _mm_storeu_si128((__m128i *) p, _mm512_cvtepi32_epi8(_mm512_or_si512(x[0], _mm512_slli_epi32(x[1], 4))));
+}
+
+// the fast Walsh-Hadamard transform of V_LEN values: sums and differences of neighbours, of pairs of them, ...
+V_INLINE vf v_hadamard(vf x) {
+    const auto pass = [](vf a, vf b, __mmask16 minus) { return _mm512_mask_sub_ps(_mm512_add_ps(a, b), minus, a, b); };
+    x = pass(_mm512_moveldup_ps(x),             _mm512_movehdup_ps(x),             0xAAAA);
+    x = pass(_mm512_permute_ps(x, 0x44),        _mm512_permute_ps(x, 0xEE),        0xCCCC);
+    x = pass(_mm512_shuffle_f32x4(x, x, 0xA0),  _mm512_shuffle_f32x4(x, x, 0xF5),  0xF0F0);
+    x = pass(_mm512_shuffle_f32x4(x, x, 0x44),  _mm512_shuffle_f32x4(x, x, 0xEE),  0xFF00);
+    return x;
+}
 
 #elif defined(KVM_AVX2)
 
@@ -343,6 +360,26 @@ V_INLINE vi v_to_i16(vf a, vf b) { return _mm256_permute4x64_epi64(_mm256_packs_
 V_INLINE vi v_mulhrs16(vi a, vi b) { return _mm256_mulhrs_epi16(a, b); }
 V_INLINE void v_store_i8(int8_t * p, vi x) { _mm_storel_epi64((__m128i *) p, _mm_packs_epi16(pack_i16(x), pack_i16(x))); }
 V_INLINE vf v_abs(vf x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+V_INLINE vi v_to_int_trunc(vf x) { return _mm256_cvttps_epi32(x); }
+
+V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
+    const __m256i a = _mm256_or_si256(x[0], _mm256_slli_epi32(x[2], 4));
+    const __m256i b = _mm256_or_si256(x[1], _mm256_slli_epi32(x[3], 4));
+    const __m256i y = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xD8);
+    _mm_storeu_si128((__m128i *) p, _mm_packus_epi16(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1)));
+}
+
+V_INLINE vf v_hadamard(vf x) {
+    vf a = _mm256_moveldup_ps(x);
+    vf b = _mm256_movehdup_ps(x);
+    x = _mm256_blend_ps(_mm256_add_ps(a, b), _mm256_sub_ps(a, b), 0xAA);
+    a = _mm256_permute_ps(x, 0x44);
+    b = _mm256_permute_ps(x, 0xEE);
+    x = _mm256_blend_ps(_mm256_add_ps(a, b), _mm256_sub_ps(a, b), 0xCC);
+    a = _mm256_permute2f128_ps(x, x, 0x00);
+    b = _mm256_permute2f128_ps(x, x, 0x11);
+    return _mm256_blend_ps(_mm256_add_ps(a, b), _mm256_sub_ps(a, b), 0xF0);
+}
 
 #elif defined(KVM_NEON)
 
@@ -473,6 +510,24 @@ V_INLINE void v_store_i8(int8_t * p, vi x) {
     memcpy(p, &z, sizeof(z));
 }
 V_INLINE vf v_abs(vf x) { return vabsq_f32(x); }
+V_INLINE vi v_to_int_trunc(vf x) { return vreinterpretq_u8_s32(vcvtq_s32_f32(x)); }
+
+V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
+    uint16x4_t y[4];
+    for (int i = 0; i < 4; ++i) {
+        y[i] = vmovn_u32(vorrq_u32(vreinterpretq_u32_u8(x[i]), vshlq_n_u32(vreinterpretq_u32_u8(x[i + 4]), 4)));
+    }
+    vst1q_u8(p, vcombine_u8(vmovn_u16(vcombine_u16(y[0], y[1])), vmovn_u16(vcombine_u16(y[2], y[3]))));
+}
+
+V_INLINE vf v_hadamard(vf x) {
+    vf a = vtrn1q_f32(x, x);
+    vf b = vtrn2q_f32(x, x);
+    x = vtrn1q_f32(vaddq_f32(a, b), vsubq_f32(a, b));
+    a = vcombine_f32(vget_low_f32 (x), vget_low_f32 (x));
+    b = vcombine_f32(vget_high_f32(x), vget_high_f32(x));
+    return vcombine_f32(vget_low_f32(vaddq_f32(a, b)), vget_low_f32(vsubq_f32(a, b)));
+}
 
 #else // portable
 
@@ -621,6 +676,34 @@ V_INLINE vi v_mulhrs16(vi a, vi b) {
 }
 V_INLINE void v_store_i8(int8_t * p, vi x) { for (int i = 0; i < V_LEN; ++i) { p[i] = (int8_t) load_i32(x.v[i]); } }
 V_INLINE vf v_abs(vf x) { KVM_EACH(std::fabs(x.v[i])); }
+V_INLINE vi v_to_int_trunc(vf x) {
+    vi res;
+    for (int i = 0; i < V_LEN; ++i) {
+        const int32_t y = (int32_t) x.v[i];
+        memcpy(res.v[i], &y, 4);
+    }
+    return res;
+}
+
+V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
+    for (int i = 0; i < 16; ++i) {
+        p[i] = (uint8_t) (load_i32(x[i/V_LEN].v[i%V_LEN]) | load_i32(x[i/V_LEN + 16/V_LEN].v[i%V_LEN]) << 4);
+    }
+}
+
+V_INLINE vf v_hadamard(vf x) {
+    for (int h = 1; h < V_LEN; h *= 2) {
+        for (int i = 0; i < V_LEN; ++i) {
+            if ((i & h) == 0) {
+                const float a = x.v[i];
+                const float b = x.v[i + h];
+                x.v[i]     = a + b;
+                x.v[i + h] = a - b;
+            }
+        }
+    }
+    return x;
+}
 
 #undef KVM_EACH
 
