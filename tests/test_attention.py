@@ -56,10 +56,10 @@ AXES: dict[str, tuple[Any, ...]] = {
     "n_embd_k": (64, 80, 96, 128, 192, 256, 16, 40, 72),
     "n_embd_v": (64, 80, 96, 128, 192, 256, 16, 40, 72),
     "n_gqa": (*range(1, 17), 71),
-    "n_head_kv": (1, 2, 3),
+    "n_head_kv": (1, 2, 3, 16),
     "n_tokens": (1, 2, 5, 17, 40, 130),
     "n_stream": (1, 2, 3),
-    "n_cold": (0, 1, 3, 31, 63, 64, 65, 127, 128, 129, 500),
+    "n_cold": (0, 1, 3, 31, 63, 64, 65, 127, 128, 129, 500, 5000),  # 5000: heads are worked on together
     "n_hot": (0, 1, 3, 31, 63, 64, 65, 127, 128, 129, 500),
     "mask": ("none", "causal", "sequences", "sparse"),
     "mask_dtype": ("float16", "float32"),

@@ -35,6 +35,9 @@ N_LEARNED = 250  # positions of models that learn them one by one: the toys have
 # for that to be 0; then it is what F32 sums allow: 4e-4 for logits of standard deviation 3, and in proportion.
 MARGIN = 6.0
 EXACT_NOISE_MAX = 4e-4 / 3
+# ggml looks GELU up in a table of F16 numbers. A value next to a border, which the order of sums takes across it, changes by
+# 2**-11 of its size, and so do about a token's logits; few tokens have such values (1 in 100 runs of 250 tokens).
+JUMP, JUMPS_MAX = 2.0**-10, 2
 
 MIXED = {"hot": 32, "group": 8, "sink": 2, "cold": "f32"}
 
@@ -115,13 +118,16 @@ def check(path: Path) -> dict[str, Any]:
         expected, _ = run(False)
         noise = max(float(np.abs(run(False, shuffle=n)[0] - expected).max()) for n in (17, 30, 41))
         bound = max(MARGIN * noise, EXACT_NOISE_MAX * float(expected.std()))
-        difference = 0.0
+        difference, status = 0.0, "mixed"
         for attn in ("compose", "fused"):
             actual, stats = run(KVMixedParams(attn=attn, **MIXED))
             assert stats.n_migrations > 20 and stats.hot_used + stats.cold_used == n_tokens
-            difference = max(difference, float(np.abs(actual - expected).max()))
+            by_token = np.sort(np.abs(actual - expected).max(axis=1))
+            if by_token[-1 - JUMPS_MAX] > bound or by_token[-1] > max(bound, JUMP * float(expected.std())):
+                status = "differs"
+            difference = max(difference, float(by_token[-1]))
         return res | {
-            "status": "mixed" if difference <= bound else "differs",
+            "status": status,
             "n_layer": stats.n_layer,
             "rest": stats.bytes_rest > 0,
             "difference": difference,

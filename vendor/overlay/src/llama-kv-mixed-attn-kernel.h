@@ -809,13 +809,15 @@ KVM_UNROLL
 // task
 //
 
-// a task's part of the scratch memory
+// a task's part of the scratch memory, for one of its KV heads
 struct workspace {
+    int32_t  * kept; // whose queries these are
     float    * Q;    // [n_rows][ld_k], scaled
     query_q8 * Q8;   // [ld_k/64][n_rows]
     float    * O;    // [n_rows][ld_v]
     float    * m;    // [n_rows]
     float    * s;    // [n_rows][V_LEN]
+    // for all heads
     float    * pmax; // [n_rows], few query rows
     float    * S;    // [ROWS][TILE]
     float    * mask; // [n_tpb][TILE]
@@ -995,49 +997,64 @@ V_INLINE int64_t first_segment_chunks(const attn_args & a, const attn_plan & p) 
 
 // what a task is about
 struct place {
-    int64_t ikv, chunk, block, stream;
+    int64_t ikv, chunk, block, stream; // ikv: the first of its KV heads
 
     // heads next to each other read cells next to each other
     V_INLINE place(const attn_args & a, const attn_plan & p, int64_t task) :
-        ikv   (task % a.n_head_kv),
-        chunk (task / a.n_head_kv % p.n_chunk),
-        block (task / a.n_head_kv / p.n_chunk % p.n_block),
-        stream(task / a.n_head_kv / p.n_chunk / p.n_block) {}
+        ikv   (task*p.n_hpt % a.n_head_kv),
+        chunk (task*p.n_hpt / a.n_head_kv % p.n_chunk),
+        block (task*p.n_hpt / a.n_head_kv / p.n_chunk % p.n_block),
+        stream(task*p.n_hpt / a.n_head_kv / p.n_chunk / p.n_block) {}
 };
 
-void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t task_next, float * partial, float * scratch) {
-    const auto [ikv, chunk, block, stream] = place(a, p, task);
-    const place after(a, p, task_next);
+// part: which queries there are, those of a KV head, block and stream; h: the KV head's number in the task
+V_INLINE workspace get_workspace(const attn_plan & p, float * scratch, int64_t part, int64_t h) {
+    float * next = scratch;
+    // the i-th of count arrays
+    const auto take = [&next](int64_t n, int64_t i = 0, int64_t count = 1) {
+        n = (n + 15)/16*16;
+        float * res = next + i*n;
+        next += count*n;
+        return res;
+    };
 
-    const int64_t token0   = block*p.n_tpb;
-    const int64_t n_tokens = a.n_tokens - token0 < p.n_tpb ? a.n_tokens - token0 : p.n_tpb;
-    const int64_t n_rows   = n_tokens*p.n_gqa;
+    const int64_t n_q8 = p.gemm ? 0 : p.n_rows*p.ld_k/64*(int64_t) (sizeof(query_q8)/sizeof(float));
 
     workspace w;
-    float * next = scratch;
-    const auto take = [&next](int64_t n) { float * res = next; next += (n + 15)/16*16; return res; };
-    w.Q    = take(p.n_rows*p.ld_k);
-    w.Q8   = (query_q8 *) take(p.gemm ? 0 : p.n_rows*p.ld_k/64*(int64_t) (sizeof(query_q8)/sizeof(float)));
-    w.O    = take(p.n_rows*p.ld_v);
-    w.m    = take(p.n_rows);
-    w.s    = take(p.n_rows*V_LEN);
+    w.kept = (int32_t *) take(p.n_query) + part % p.n_query;
+    w.Q    = take(p.n_rows*p.ld_k, part % p.n_query, p.n_query);
+    w.Q8   = (query_q8 *) take(n_q8, part % p.n_query, p.n_query);
+    w.O    = take(p.n_rows*p.ld_v,  h, p.n_hpt);
+    w.m    = take(p.n_rows,         h, p.n_hpt);
+    w.s    = take(p.n_rows*V_LEN,   h, p.n_hpt);
     w.pmax = take(p.n_rows);
     w.S    = take(ROWS*TILE);
     w.mask = take(p.n_tpb*TILE);
     w.K    = take(TILE*p.ld_k);
     w.KT   = take(p.gemm ? TILE*p.ld_k : 0);
     w.V    = take(TILE*p.ld_v);
+    return w;
+}
 
-    mask_kind kind [LLAMA_KV_MIXED_ATTN_MAX_ROWS];
-    float     slope[LLAMA_KV_MIXED_ATTN_MAX_ROWS];
+void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t task_next, float * partial, float * scratch) {
+    const auto [ikv0, chunk, block, stream] = place(a, p, task);
+    const place after(a, p, task_next);
 
-    for (int64_t r = 0; r < n_rows; ++r) {
-        w.m[r] = -INFINITY;
-        v_store(w.s + r*V_LEN, v_zero());
-    }
-    memset(w.O, 0, n_rows*p.ld_v*sizeof(float));
-    for (int64_t g = 0; g < p.n_gqa; ++g) {
-        slope[g] = alibi_slope(a, ikv*p.n_gqa + g);
+    const int64_t token0   = block*p.n_tpb;
+    const int64_t n_tokens = a.n_tokens - token0 < p.n_tpb ? a.n_tokens - token0 : p.n_tpb;
+    const int64_t n_rows   = n_tokens*p.n_gqa;
+
+    const int64_t part0 = (stream*p.n_block + block)*a.n_head_kv + ikv0;
+
+    const auto workspace_of = [&](int64_t h) { return get_workspace(p, scratch, part0 + h, h); };
+
+    for (int64_t h = 0; h < p.n_hpt; ++h) {
+        const workspace w = workspace_of(h);
+        for (int64_t r = 0; r < n_rows; ++r) {
+            w.m[r] = -INFINITY;
+            v_store(w.s + r*V_LEN, v_zero());
+        }
+        memset(w.O, 0, n_rows*p.ld_v*sizeof(float));
     }
 
     // the chunk's tiles; none lies in both segments
@@ -1052,8 +1069,27 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
         const size_t * nb = is_v ? seg.nb_v : seg.nb_k;
         return rows {
             (const uint8_t *) (is_v ? seg.v : seg.k) + head_kv*nb[0] + (t - (i ? n_tile[0] : 0))*TILE*nb[1] + i_stream*nb[2], nb[1],
-            (int64_t) ggml_row_size((ggml_type) (is_v ? seg.type_v : seg.type_k), is_v ? a.n_embd_v : a.n_embd_k),
+            (int64_t) p.row_size[i][is_v],
         };
+    };
+
+    // What is fetched while head h of a tile is worked on: its rows of the next tile. Those of all heads lie side by side and
+    // share cache lines: then each one fetches as much of them.
+    const auto locate_next = [&](int64_t it, int64_t h, bool is_v) {
+        const bool last = it + 1 == end;
+        if (last && task_next >= p.n_task) {
+            return rows {};
+        }
+        const int64_t t = last ? after.chunk*p.n_tile : it + 1;
+        rows res = locate(t, (last ? after.ikv : ikv0) + h, last ? after.stream : stream, is_v);
+        const auto & seg = a.seg[t >= n_tile[0]];
+        const size_t nb_head = (is_v ? seg.nb_v : seg.nb_k)[0];
+        if (p.n_hpt == a.n_head_kv && nb_head*p.n_hpt <= res.nb) {
+            res.nb      = (res.nb + p.n_hpt - 1)/p.n_hpt;
+            res.data   += h*(TILE*res.nb - nb_head);
+            res.n_bytes = res.nb;
+        }
+        return res;
     };
 
     int i_seg = -1;
@@ -1062,59 +1098,74 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
         const int i = it >= n_tile[0];
         const auto & seg = a.seg[i];
 
-        if (i != i_seg) {
+        for (int64_t h = 0; i != i_seg && h < p.n_hpt; ++h) {
+            const workspace w = workspace_of(h);
             if (i_seg == 0) {
                 rotate_back(a, p, w, n_rows);
             }
-            load_query(a, p, w, ikv, stream, token0, n_rows, i);
-            i_seg = i;
+            const int32_t query = (int32_t) (2*(part0 + h) + i);
+            if (*w.kept != query) {
+                load_query(a, p, w, ikv0 + h, stream, token0, n_rows, i);
+                *w.kept = query;
+            }
         }
+        i_seg = i;
 
         const int64_t cell = (it - (i ? n_tile[0] : 0))*TILE;
         const int64_t col  = cell + (i ? a.seg[0].n_kv : 0); // of the mask
         const int n = (int) (seg.n_kv - cell < TILE ? seg.n_kv - cell : TILE);
 
+        mask_kind kind[LLAMA_KV_MIXED_ATTN_MAX_ROWS];
+        float * mask = workspace_of(0).mask;
+
         int n_seen = 0; // cells behind these are hidden from all
         for (int64_t t = 0; t < n_tokens; ++t) {
-            kind[t] = load_mask(a, stream, token0 + t, col, n, w.mask + t*TILE);
-            n_seen = count_seen(kind[t], n, w.mask + t*TILE, n_seen);
+            kind[t] = load_mask(a, stream, token0 + t, col, n, mask + t*TILE);
+            n_seen = count_seen(kind[t], n, mask + t*TILE, n_seen);
         }
         if (n_seen == 0) {
             continue;
         }
 
-        const auto get_tile = [&](bool is_v) {
-            rows next = {};
-            if (it + 1 < end) {
-                next = locate(it + 1, ikv, stream, is_v);
-            } else if (task_next < p.n_task) {
-                next = locate(after.chunk*p.n_tile, after.ikv, after.stream, is_v);
+        for (int64_t h = 0; h < p.n_hpt; ++h) {
+            const auto get_tile = [&](bool is_v) {
+                const int64_t n_block = ((is_v ? a.n_embd_v : a.n_embd_k) + BLOCK - 1)/BLOCK;
+                return tile { locate(it, ikv0 + h, stream, is_v), n_seen, n_block, locate_next(it, h, is_v) };
+            };
+
+            float slope[LLAMA_KV_MIXED_ATTN_MAX_ROWS];
+            for (int64_t g = 0; g < p.n_gqa; ++g) {
+                slope[g] = alibi_slope(a, (ikv0 + h)*p.n_gqa + g);
             }
-            return tile { locate(it, ikv, stream, is_v), n_seen, ((is_v ? a.n_embd_v : a.n_embd_k) + BLOCK - 1)/BLOCK, next };
-        };
 
-        (p.gemm ? attend_gemm : attend)(a, p, w, n_rows, n_tokens, get_tile(false), seg.type_k, get_tile(true), seg.type_v, kind, slope);
-    }
-
-    // where whole chunks are of rotated rows, that waits for the merge
-    if (i_seg == 0 && (p.n_partial == 0 || chunk >= first_segment_chunks(a, p))) {
-        rotate_back(a, p, w, n_rows);
-    }
-
-    if (p.n_partial > 0) {
-        float * dst = partial + task*p.n_partial;
-        memcpy(dst, w.O, n_rows*p.ld_v*sizeof(float));
-        memcpy(dst + p.n_rows*p.ld_v,            w.m, n_rows*sizeof(float));
-        for (int64_t r = 0; r < n_rows; ++r) {
-            dst[p.n_rows*p.ld_v + p.n_rows + r] = v_hsum(v_load(w.s + r*V_LEN));
+            (p.gemm ? attend_gemm : attend)(a, p, workspace_of(h), n_rows, n_tokens,
+                get_tile(false), seg.type_k, get_tile(true), seg.type_v, kind, slope);
         }
-        return;
     }
 
-    for (int64_t r = 0; r < n_rows; ++r) {
-        const int64_t head = ikv*p.n_gqa + r % p.n_gqa;
-        float * dst = a.dst + ((stream*a.n_tokens + token0 + r/p.n_gqa)*a.n_head + head)*a.n_embd_v;
-        finish_row(a, head, w.O + r*p.ld_v, w.m[r], v_hsum(v_load(w.s + r*V_LEN)), dst);
+    for (int64_t h = 0; h < p.n_hpt; ++h) {
+        const workspace w = workspace_of(h);
+
+        // where whole chunks are of rotated rows, that waits for the merge
+        if (i_seg == 0 && (p.n_partial == 0 || chunk >= first_segment_chunks(a, p))) {
+            rotate_back(a, p, w, n_rows);
+        }
+
+        if (p.n_partial > 0) {
+            float * dst = partial + (task*p.n_hpt + h)*p.n_partial;
+            memcpy(dst, w.O, n_rows*p.ld_v*sizeof(float));
+            memcpy(dst + p.n_rows*p.ld_v, w.m, n_rows*sizeof(float));
+            for (int64_t r = 0; r < n_rows; ++r) {
+                dst[p.n_rows*p.ld_v + p.n_rows + r] = v_hsum(v_load(w.s + r*V_LEN));
+            }
+            continue;
+        }
+
+        for (int64_t r = 0; r < n_rows; ++r) {
+            const int64_t head = (ikv0 + h)*p.n_gqa + r % p.n_gqa;
+            float * dst = a.dst + ((stream*a.n_tokens + token0 + r/p.n_gqa)*a.n_head + head)*a.n_embd_v;
+            finish_row(a, head, w.O + r*p.ld_v, w.m[r], v_hsum(v_load(w.s + r*V_LEN)), dst);
+        }
     }
 }
 

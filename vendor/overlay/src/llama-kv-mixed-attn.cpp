@@ -16,18 +16,17 @@
 // few query rows: cells are used as they are stored; more: they are expanded first
 static const int64_t max_rows_direct = 16;
 
+static const int64_t tile_size = 128;
+
 // as many tasks as keep the threads of a large machine busy to the end
 static const int64_t n_task_wanted = 64;
 
-static const int64_t tile_size = 128;
-
-// Quantised rows of the KV heads share cache lines. What a thread takes at once, a chunk's rows of all heads, should
-// stay in the second cache level meanwhile; chunks are not made smaller than is worth a merge.
-static const int64_t max_chunk_bytes = 512*1024;
-static const int64_t min_chunk_tiles = 4;
-
-// chunks from which on threads take them with all their heads: with fewer, some threads would wait for the last ones
-static const int64_t min_chunks_whole = 16;
+// Rows of several heads share cache lines. Such heads are worked on together, tile by tile, as many as leave room in the
+// second cache level for their next tile, and where there are so many tasks then. More than the larger number are not worth
+// their merge.
+static const int64_t max_tile_bytes    = 160*1024;
+static const int64_t min_tasks_grouped = 16;
+static const int64_t max_tasks_grouped = 32;
 
 static int64_t div_up(int64_t a, int64_t b) {
     return (a + b - 1)/b;
@@ -61,31 +60,51 @@ llama_kv_mixed_attn_plan llama_kv_mixed_attn_make_plan(const llama_kv_mixed_attn
     res.n_tpb   = div_up(args.n_tokens, res.n_block);
     res.n_rows  = res.n_tpb*res.n_gqa;
 
-    const int64_t n_tile = div_up(args.seg[0].n_kv, tile_size) + div_up(args.seg[1].n_kv, tile_size);
-    const int64_t n_part = args.n_stream*res.n_block*args.n_head_kv; // tasks without a split over cells
-
-    // no split where there are tasks enough, nor into less than two tiles
-    const int64_t n_chunk = n_part >= n_task_wanted/4 ? 1 : std::min(div_up(n_task_wanted, n_part), n_tile/2);
-    res.n_tile  = div_up(n_tile, std::max<int64_t>(n_chunk, 1));
-    if (n_chunk > 1) {
-        const size_t n_bytes = tile_size*args.n_head_kv*(
-            ggml_row_size((ggml_type) args.seg[0].type_k, args.n_embd_k) + ggml_row_size((ggml_type) args.seg[0].type_v, args.n_embd_v));
-        res.n_tile = std::min(res.n_tile, std::max<int64_t>(max_chunk_bytes/n_bytes, min_chunk_tiles));
+    for (int i = 0; i < 2; ++i) {
+        res.row_size[i][0] = ggml_row_size((ggml_type) args.seg[i].type_k, args.n_embd_k);
+        res.row_size[i][1] = ggml_row_size((ggml_type) args.seg[i].type_v, args.n_embd_v);
     }
-    res.n_chunk = std::max<int64_t>(div_up(n_tile, std::max<int64_t>(res.n_tile, 1)), 1);
-    res.n_task  = n_part*res.n_chunk;
-    res.n_step  = res.n_chunk >= min_chunks_whole ? args.n_head_kv : 1;
+
+    const int64_t n_tile = div_up(args.seg[0].n_kv, tile_size) + div_up(args.seg[1].n_kv, tile_size);
+    const int64_t n_part = args.n_stream*res.n_block*args.n_head_kv; // tasks of one head without a split over cells
+
+    // tiles per chunk for so many tasks, no less than two
+    const auto get_n_tile = [&](int64_t n_hpt, int64_t n_task) {
+        const int64_t n_chunk = div_up(n_task, n_part/n_hpt);
+        return std::max(div_up(n_tile, n_chunk), std::min<int64_t>(n_tile, 2));
+    };
+    const auto set_split = [&](int64_t n_hpt, int64_t n_tile_chunk) {
+        res.n_hpt   = n_hpt;
+        res.n_tile  = n_tile_chunk;
+        res.n_chunk = n_tile > 0 ? div_up(n_tile, n_tile_chunk) : 1;
+        res.n_task  = n_part/n_hpt*res.n_chunk;
+    };
+
+    int64_t n_hpt = args.n_head_kv;
+    while (n_hpt % 2 == 0 && n_hpt*tile_size*(int64_t) (res.row_size[0][0] + res.row_size[0][1]) > max_tile_bytes) {
+        n_hpt /= 2;
+    }
+    set_split(n_hpt, get_n_tile(n_hpt, max_tasks_grouped));
+
+    if (res.gemm || res.n_task < min_tasks_grouped) {
+        set_split(1, get_n_tile(1, n_part >= n_task_wanted/4 ? n_part : n_task_wanted));
+    }
 
     res.ld_k = pad(args.n_embd_k, 32);
     res.ld_v = pad(args.n_embd_v, 32);
+
+    // for the next head of the tile, or the next chunk
+    res.n_query = !res.gemm && (res.n_chunk > 1 || res.n_hpt > 1) ? args.n_head_kv : 1;
 
     if (res.n_chunk > 1) {
         res.n_partial = pad(res.n_rows*(res.ld_v + 2), 16);
     }
 
-    res.n_scratch = pad(res.n_rows*res.ld_k, 16)                          // Q
-        + (res.gemm ? 0 : pad(res.n_rows*pad(res.ld_k, 64)/64*22, 16))    // Q in 8 bits
-        + pad(res.n_rows*res.ld_v, 16) + 2*pad(res.n_rows, 16) + res.n_rows*16 // O, m, pmax, s
+    res.n_scratch = pad(res.n_query, 16)                                  // whose queries are there
+        + res.n_query*pad(res.n_rows*res.ld_k, 16)                        // Q
+        + (res.gemm ? 0 : res.n_query*pad(res.n_rows*pad(res.ld_k, 64)/64*22, 16)) // Q in 8 bits
+        + res.n_hpt*(pad(res.n_rows*res.ld_v, 16) + pad(res.n_rows, 16) + res.n_rows*16) // O, m, s
+        + pad(res.n_rows, 16)                                             // pmax
         + 48*tile_size + res.n_tpb*tile_size                              // S, mask
         + tile_size*(res.ld_k*(res.gemm ? 2 : 1) + res.ld_v)              // K, its transpose, V
         + 16;
@@ -160,26 +179,22 @@ void llama_kv_mixed_attn_run(
       const llama_kv_mixed_attn_plan & plan,
                 std::atomic<int64_t> & next,
                                float * partial,
-                               float * scratch) {
-    const auto take = [&] { return next.fetch_add(plan.n_step, std::memory_order_relaxed); };
+                               float * scratch,
+                                   int n_threads) {
+    memset(scratch, 0xFF, plan.n_query*sizeof(float));
 
-    // Who knows what comes next fetches its rows early. Not towards the end: what one thread holds, others can not take.
-    const int64_t n_early = plan.n_task - plan.n_task/4;
+    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
 
-    for (int64_t task0 = take(); task0 < plan.n_task;) {
-        const bool    early = task0 < n_early;
-        const int64_t after = early ? std::min(take(), plan.n_task) : plan.n_task;
-        for (int64_t task = task0; task < task0 + plan.n_step; ++task) {
-            kernel.task(args, plan, task, task + 1 < task0 + plan.n_step ? task + 1 : after, partial, scratch);
-        }
-        task0 = early ? after : take();
+    for (int64_t task = take(); task < plan.n_task; task = take()) {
+        // most likely the others will take one each before this is done
+        kernel.task(args, plan, task, std::min(task + n_threads, plan.n_task), partial, scratch);
     }
 }
 
 void llama_kv_mixed_attn_compute(const llama_kv_mixed_attn_kernel & kernel, const llama_kv_mixed_attn_args & args, int n_threads) {
     const auto plan = llama_kv_mixed_attn_make_plan(args);
 
-    std::vector<float> partial(plan.n_task*plan.n_partial);
+    std::vector<float> partial(plan.n_task*plan.n_hpt*plan.n_partial);
     std::vector<float> scratch(plan.n_scratch*n_threads);
 
     const auto run = [&](const auto & work) {
@@ -195,7 +210,7 @@ void llama_kv_mixed_attn_compute(const llama_kv_mixed_attn_kernel & kernel, cons
 
     std::atomic<int64_t> next = 0;
     run([&](int i) {
-        llama_kv_mixed_attn_run(kernel, args, plan, next, partial.data(), scratch.data() + i*plan.n_scratch);
+        llama_kv_mixed_attn_run(kernel, args, plan, next, partial.data(), scratch.data() + i*plan.n_scratch, n_threads);
     });
 
     if (plan.n_partial > 0) {

@@ -35,12 +35,15 @@ struct llama_kv_mixed_attn_plan {
     int64_t n_chunk;   // parts of the cells
     int64_t n_tile;    // tiles of cells per chunk
     int64_t n_task;
-    int64_t n_step;    // tasks that a thread takes at once
+    int64_t n_hpt;     // KV heads per task: one, or all
+    int64_t n_query;   // heads whose queries a thread keeps for later tasks
 
     int64_t ld_k;      // padded head sizes
     int64_t ld_v;
 
-    size_t n_partial;  // floats that a task leaves for the merge; 0: it writes dst itself
+    size_t row_size[2][2]; // bytes of a row of K, V of a segment
+
+    size_t n_partial;  // floats that a task leaves for the merge per KV head; 0: it writes dst itself
     size_t n_scratch;  // floats that a thread needs
 };
 
@@ -49,8 +52,8 @@ llama_kv_mixed_attn_plan llama_kv_mixed_attn_make_plan(const llama_kv_mixed_attn
 struct llama_kv_mixed_attn_kernel {
     const char * name;
 
-    // task: [0, n_task); task_next: what the calling thread does then, n_task: not known; scratch: n_scratch floats of that
-    // thread; partial: n_task * n_partial floats
+    // task: [0, n_task); task_next: what the calling thread will probably do then, n_task: nothing; scratch: n_scratch floats
+    // of that thread, before its first task all bits of the first n_query are set; partial: n_task * n_hpt * n_partial floats
     void (*task)(const llama_kv_mixed_attn_args & args, const llama_kv_mixed_attn_plan & plan, int64_t task, int64_t task_next, float * partial, float * scratch);
 
     // when n_partial > 0, after all tasks: rows [row0, row1) of n_stream * n_tokens * n_head
@@ -79,7 +82,8 @@ void llama_kv_mixed_attn_run(
       const llama_kv_mixed_attn_plan & plan,
                 std::atomic<int64_t> & next,
                                float * partial,
-                               float * scratch);
+                               float * scratch,
+                                   int n_threads);
 
 // the whole computation on threads of its own, for tests and tools
 void llama_kv_mixed_attn_compute(const llama_kv_mixed_attn_kernel & kernel, const llama_kv_mixed_attn_args & args, int n_threads);
