@@ -811,24 +811,25 @@ KVM_UNROLL
 
 // a task's part of the scratch memory, for one of its KV heads
 struct workspace {
-    int32_t  * kept; // whose queries these are
-    float    * Q;    // [n_rows][ld_k], scaled
-    query_q8 * Q8;   // [ld_k/64][n_rows]
-    float    * O;    // [n_rows][ld_v]
-    float    * m;    // [n_rows]
-    float    * s;    // [n_rows][V_LEN]
+    int32_t  * kept;  // whose queries these are
+    float    * Q;     // [n_rows][ld_k], scaled
+    query_q8 * Q8;    // [ld_k/64][n_rows]
+    float    * O;     // [n_rows][ld_v]
+    float    * m;     // [n_rows]
+    float    * s;     // [n_rows][V_LEN]
+    float    * slope; // [n_gqa]
     // for all heads
-    float    * pmax; // [n_rows], few query rows
-    float    * S;    // [ROWS][TILE]
-    float    * mask; // [n_tpb][TILE]
-    float    * K;    // [TILE][ld_k]
-    float    * KT;   // [ld_k][TILE]
-    float    * V;    // [TILE][ld_v]
+    float    * pmax;  // [n_rows], few query rows
+    float    * S;     // [ROWS][TILE]
+    float    * mask;  // [n_tpb][TILE]
+    float    * K;     // [TILE][ld_k]
+    float    * KT;    // [ld_k][TILE]
+    float    * V;     // [TILE][ld_v]
 };
 
 // few query rows
 void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows, int64_t n_tokens,
-        const tile & k, int32_t type_k, const tile & v, int32_t type_v, const mask_kind * kind, const float * slope) {
+        const tile & k, int32_t type_k, const tile & v, int32_t type_v, const mask_kind * kind) {
     float * S = w.S;
 
     const bool whole_k = a.n_embd_k % BLOCK == 0;
@@ -865,7 +866,7 @@ void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64
 
     for (int64_t r = 0; r < n_rows; ++r) {
         const int64_t t = r/p.n_gqa;
-        w.pmax[r] = softmax_row(S + r*TILE, k.n, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, slope[r % p.n_gqa],
+        w.pmax[r] = softmax_row(S + r*TILE, k.n, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, w.slope[r % p.n_gqa],
             a.logit_softcap, w.O + r*p.ld_v, p.ld_v, w.m[r], w.s + r*V_LEN);
     }
     if      (whole_v && type_v == GGML_TYPE_F16 ) { acc_all<row_f16 >(S, n_rows, v, w.O, p.ld_v); }
@@ -900,7 +901,7 @@ void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64
 
 // many query rows
 void attend_gemm(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows, int64_t n_tokens,
-        const tile & k, int32_t type_k, const tile & v, int32_t type_v, const mask_kind * kind, const float * slope) {
+        const tile & k, int32_t type_k, const tile & v, int32_t type_v, const mask_kind * kind) {
     // cells behind the last one: finite, and masked
     expand_any(k, type_k, a.n_embd_k, w.K, p.ld_k);
     memset(w.K + k.n*p.ld_k, 0, (TILE - k.n)*p.ld_k*sizeof(float));
@@ -931,7 +932,7 @@ void attend_gemm(const attn_args & a, const attn_plan & p, const workspace & w, 
             for (int64_t i = 0; i < n; ++i) {
                 const int64_t r = r0 + i;
                 const int64_t t = r/p.n_gqa;
-                softmax_row(w.S + i*TILE, k.n, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, slope[r % p.n_gqa],
+                softmax_row(w.S + i*TILE, k.n, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, w.slope[r % p.n_gqa],
                     a.logit_softcap, w.O + r*p.ld_v, p.ld_v, w.m[r], w.s + r*V_LEN);
             }
 
@@ -1021,18 +1022,19 @@ V_INLINE workspace get_workspace(const attn_plan & p, float * scratch, int64_t p
     const int64_t n_q8 = p.gemm ? 0 : p.n_rows*p.ld_k/64*(int64_t) (sizeof(query_q8)/sizeof(float));
 
     workspace w;
-    w.kept = (int32_t *) take(p.n_query) + part % p.n_query;
-    w.Q    = take(p.n_rows*p.ld_k, part % p.n_query, p.n_query);
-    w.Q8   = (query_q8 *) take(n_q8, part % p.n_query, p.n_query);
-    w.O    = take(p.n_rows*p.ld_v,  h, p.n_hpt);
-    w.m    = take(p.n_rows,         h, p.n_hpt);
-    w.s    = take(p.n_rows*V_LEN,   h, p.n_hpt);
-    w.pmax = take(p.n_rows);
-    w.S    = take(ROWS*TILE);
-    w.mask = take(p.n_tpb*TILE);
-    w.K    = take(TILE*p.ld_k);
-    w.KT   = take(p.gemm ? TILE*p.ld_k : 0);
-    w.V    = take(TILE*p.ld_v);
+    w.kept  = (int32_t *) take(p.n_query) + part % p.n_query;
+    w.Q     = take(p.n_rows*p.ld_k, part % p.n_query, p.n_query);
+    w.Q8    = (query_q8 *) take(n_q8, part % p.n_query, p.n_query);
+    w.O     = take(p.n_rows*p.ld_v, h, p.n_hpt);
+    w.m     = take(p.n_rows,        h, p.n_hpt);
+    w.s     = take(p.n_rows*V_LEN,  h, p.n_hpt);
+    w.slope = take(p.n_gqa,         h, p.n_hpt);
+    w.pmax  = take(p.n_rows);
+    w.S     = take(ROWS*TILE);
+    w.mask  = take(p.n_tpb*TILE);
+    w.K     = take(TILE*p.ld_k);
+    w.KT    = take(p.gemm ? TILE*p.ld_k : 0);
+    w.V     = take(TILE*p.ld_v);
     return w;
 }
 
@@ -1055,6 +1057,9 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
             v_store(w.s + r*V_LEN, v_zero());
         }
         memset(w.O, 0, n_rows*p.ld_v*sizeof(float));
+        for (int64_t g = 0; g < p.n_gqa; ++g) {
+            w.slope[g] = alibi_slope(a, (ikv0 + h)*p.n_gqa + g);
+        }
     }
 
     // the chunk's tiles; none lies in both segments
@@ -1133,13 +1138,8 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
                 return tile { locate(it, ikv0 + h, stream, is_v), n_seen, n_block, locate_next(it, h, is_v) };
             };
 
-            float slope[LLAMA_KV_MIXED_ATTN_MAX_ROWS];
-            for (int64_t g = 0; g < p.n_gqa; ++g) {
-                slope[g] = alibi_slope(a, (ikv0 + h)*p.n_gqa + g);
-            }
-
             (p.gemm ? attend_gemm : attend)(a, p, workspace_of(h), n_rows, n_tokens,
-                get_tile(false), seg.type_k, get_tile(true), seg.type_v, kind, slope);
+                get_tile(false), seg.type_k, get_tile(true), seg.type_v, kind);
         }
     }
 

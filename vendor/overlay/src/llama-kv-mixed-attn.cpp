@@ -103,7 +103,7 @@ llama_kv_mixed_attn_plan llama_kv_mixed_attn_make_plan(const llama_kv_mixed_attn
     res.n_scratch = pad(res.n_query, 16)                                  // whose queries are there
         + res.n_query*pad(res.n_rows*res.ld_k, 16)                        // Q
         + (res.gemm ? 0 : res.n_query*pad(res.n_rows*pad(res.ld_k, 64)/64*22, 16)) // Q in 8 bits
-        + res.n_hpt*(pad(res.n_rows*res.ld_v, 16) + pad(res.n_rows, 16) + res.n_rows*16) // O, m, s
+        + res.n_hpt*(pad(res.n_rows*res.ld_v, 16) + pad(res.n_rows, 16) + res.n_rows*16 + pad(res.n_gqa, 16)) // O, m, s, slope
         + pad(res.n_rows, 16)                                             // pmax
         + 48*tile_size + res.n_tpb*tile_size                              // S, mask
         + tile_size*(res.ld_k*(res.gemm ? 2 : 1) + res.ld_v)              // K, its transpose, V
