@@ -266,18 +266,15 @@ void quantize_query(const float * Q, int64_t n_pair, query_q8 * dst, int64_t n_r
     for (int64_t i = 0; i < n_pair; ++i, dst += n_rows) {
         int8_t byte[2][36] = {};
         for (int b = 0; b < 2; ++b) {
-            const float * x = Q + 64*i + 32*b;
-            vf most = v_zero();
-            for (int j = 0; j < 32; j += V_LEN) {
-                most = v_max(most, v_abs(v_load(x + j)));
-            }
-            const float amax = v_hmax(most);
+            const block_f32 x(Q + (2*i + b)*BLOCK);
+            const float amax = x.max([](vf y) { return v_abs(y); });
 
             const vf scale = v_set(amax > 0.0f ? 127.0f/amax : 0.0f);
             vi sum = v_izero();
-            for (int j = 0; j < 32; j += V_LEN) {
-                const vi y = v_to_int(v_mul(v_load(x + j), scale));
-                v_store_i8(byte[j/16] + 18*b + 2 + j%16, y);
+KVM_UNROLL
+            for (int j = 0; j < V_BLOCK; ++j) {
+                const vi y = v_to_int(v_mul(x.v[j], scale));
+                v_store_i8(byte[j*V_LEN/16] + 18*b + 2 + j*V_LEN%16, y);
                 sum = v_iadd(sum, y);
             }
             dst->d  [b] = amax/127.0f;
@@ -1097,6 +1094,9 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
         return res;
     };
 
+    float * mask = workspace_of(0).mask;
+    mask_kind kind[LLAMA_KV_MIXED_ATTN_MAX_ROWS];
+
     int i_seg = -1;
 
     for (int64_t it = begin; it < end; ++it) {
@@ -1119,9 +1119,6 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
         const int64_t cell = (it - (i ? n_tile[0] : 0))*TILE;
         const int64_t col  = cell + (i ? a.seg[0].n_kv : 0); // of the mask
         const int n = (int) (seg.n_kv - cell < TILE ? seg.n_kv - cell : TILE);
-
-        mask_kind kind[LLAMA_KV_MIXED_ATTN_MAX_ROWS];
-        float * mask = workspace_of(0).mask;
 
         int n_seen = 0; // cells behind these are hidden from all
         for (int64_t t = 0; t < n_tokens; ++t) {

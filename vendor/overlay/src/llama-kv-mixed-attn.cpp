@@ -194,7 +194,7 @@ void llama_kv_mixed_attn_run(
 void llama_kv_mixed_attn_compute(const llama_kv_mixed_attn_kernel & kernel, const llama_kv_mixed_attn_args & args, int n_threads) {
     const auto plan = llama_kv_mixed_attn_make_plan(args);
 
-    std::vector<float> partial(plan.n_task*plan.n_hpt*plan.n_partial);
+    std::vector<float> partial(plan.n_partials());
     std::vector<float> scratch(plan.n_scratch*n_threads);
 
     const auto run = [&](const auto & work) {

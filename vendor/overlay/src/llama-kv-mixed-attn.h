@@ -45,6 +45,9 @@ struct llama_kv_mixed_attn_plan {
 
     size_t n_partial;  // floats that a task leaves for the merge per KV head; 0: it writes dst itself
     size_t n_scratch;  // floats that a thread needs
+
+    // floats that all tasks leave
+    size_t n_partials() const { return n_task*n_hpt*n_partial; }
 };
 
 llama_kv_mixed_attn_plan llama_kv_mixed_attn_make_plan(const llama_kv_mixed_attn_args & args);
@@ -53,7 +56,7 @@ struct llama_kv_mixed_attn_kernel {
     const char * name;
 
     // task: [0, n_task); task_next: what the calling thread will probably do then, n_task: nothing; scratch: n_scratch floats
-    // of that thread, before its first task all bits of the first n_query are set; partial: n_task * n_hpt * n_partial floats
+    // of that thread, before its first task all bits of the first n_query are set; partial: n_partials() floats
     void (*task)(const llama_kv_mixed_attn_args & args, const llama_kv_mixed_attn_plan & plan, int64_t task, int64_t task_next, float * partial, float * scratch);
 
     // when n_partial > 0, after all tasks: rows [row0, row1) of n_stream * n_tokens * n_head

@@ -94,7 +94,7 @@ ggml_tensor * llama_kv_mixed_fused::build(
 
     // output, partial results of the tasks, scratch memory of the threads
     const int64_t n_out     = a.n_embd_v*a.n_head*a.n_tokens*n_stream;
-    const int64_t n_partial = n.plan.n_task*n.plan.n_hpt*(int64_t) n.plan.n_partial;
+    const int64_t n_partial = n.plan.n_partials();
 
     ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_out + n_partial + n.n_slot*(int64_t) n.plan.n_scratch, 1, 1, 1,
         args, n_args, compute, GGML_N_TASKS_MAX, &n);
@@ -148,7 +148,7 @@ void llama_kv_mixed_fused::compute(ggml_tensor * dst, int ith, int nth, void * u
     a.dst = (float *) dst->data;
 
     float * partial = a.dst + a.n_embd_v*a.n_head*a.n_tokens*a.n_stream;
-    float * scratch = partial + n.plan.n_task*n.plan.n_hpt*n.plan.n_partial + ith*n.plan.n_scratch;
+    float * scratch = partial + n.plan.n_partials() + ith*n.plan.n_scratch;
 
     llama_kv_mixed_attn_run(*n.kernel, a, n.plan, n.next, partial, scratch, std::min(nth, n.n_slot));
 }

@@ -16,7 +16,7 @@ constexpr int SIZE_Q8 = 34; // scale, 32 bytes
 
 constexpr int V_BLOCK = BLOCK/V_LEN;
 
-// load(): vector i of block b, without the block's scale; scale(): the scales of that block in V_LEN rows
+// load(): vector i of block b, without the block's scale
 
 struct row_f32 {
     static constexpr bool scaled = false;
@@ -43,6 +43,29 @@ struct row_q4_0 {
     static constexpr bool scaled = true;
     static constexpr int  size   = SIZE_Q4;
     static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_i4(row + b*size + 2, i); }
+};
+
+// the vectors of a block of BLOCK values at x
+struct block_f32 {
+    vf v[V_BLOCK];
+
+    explicit V_INLINE block_f32(const float * x) {
+KVM_UNROLL
+        for (int i = 0; i < V_BLOCK; ++i) {
+            v[i] = v_load(x + i*V_LEN);
+        }
+    }
+
+    // the largest of f of a value
+    template <class F>
+    V_INLINE float max(const F & f) const {
+        vf res = f(v[0]);
+KVM_UNROLL
+        for (int i = 1; i < V_BLOCK; ++i) {
+            res = v_max(res, f(v[i]));
+        }
+        return v_hmax(res);
+    }
 };
 
 //
