@@ -1,6 +1,6 @@
 """What a mixed KV cache has to do, in numpy: which tokens are cold when, and the logits that follow from it.
 
-Tiering is a twin of the library's policy (vendor/overlay/src/llama-kv-mixed-policy.cpp and what calls it): it knows
+Tiering is a twin of the library's policy (vendor/overlay/src/cache/policy.cpp and what calls it): it knows
 positions, sequences and sizes, and no data. Llama is a forward pass in float64 whose K and V rows are hot or cold as
 Tiering says. Neither shares code with the library.
 """

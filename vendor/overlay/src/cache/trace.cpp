@@ -1,4 +1,4 @@
-#include "llama-kv-mixed-trace.h"
+#include "cache/trace.h"
 
 #include "llama-impl.h"
 

@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "llama-kv-mixed-attn.h"
-#include "llama-kv-mixed-rows.h"
+#include "attention/attention.h"
+#include "formats/rows.h"
 
 #include "ggml.h"
 

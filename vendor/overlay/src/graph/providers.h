@@ -2,8 +2,8 @@
 
 #include "llama-graph.h"
 
-#include "llama-kv-cache-mixed.h"
-#include "llama-kv-mixed-fused.h"
+#include "cache/context.h"
+#include "graph/fused.h"
 
 //
 // the mixed KV cache in the compute graph
@@ -43,24 +43,15 @@ public:
 // throws when the cache's attention is to be fused and can not be
 void llama_kv_mixed_check_attn(const llama_model & model, const llama_kv_cache_mixed & kv);
 
-//
-// call sites in upstream's code
-//
-
-// throws when the context is that of a mixed cache, for inputs that know K alone
-void llm_refuse_mixed(const llama_kv_cache_context * mctx);
-
-// llm_graph_context::build_attn_mha(), over cold and hot where mctx is the context of a mixed cache
-// k and v are the views of its hot rows
-ggml_tensor * llm_build_attn_mixed(
-              const llm_graph_context & gctx,
-         const llama_kv_cache_context * mctx,
-                          ggml_tensor * q,
-                          ggml_tensor * k,
-                          ggml_tensor * v,
-                          ggml_tensor * kq_b,
-                          ggml_tensor * kq_mask,
-                          ggml_tensor * sinks,
-                          ggml_tensor * v_mla,
-                                float   kq_scale,
-                                  int   il);
+// llm_graph_context::build_attn_mha() over cold and hot; k and v are the views of hot rows
+ggml_tensor * llama_kv_mixed_build_attn(
+               const llm_graph_context & gctx,
+    const llama_kv_cache_mixed_context & mctx,
+                           ggml_tensor * q,
+                           ggml_tensor * k,
+                           ggml_tensor * v,
+                           ggml_tensor * kq_b,
+                           ggml_tensor * kq_mask,
+                           ggml_tensor * sinks,
+                                 float   kq_scale,
+                                   int   il);

@@ -3,9 +3,10 @@
 #include "llama-kv-cache.h"
 
 #include "llama-kv-mixed.h"
-#include "llama-kv-mixed-mover.h"
-#include "llama-kv-mixed-policy.h"
-#include "llama-kv-mixed-trace.h"
+
+#include "cache/mover.h"
+#include "cache/policy.h"
+#include "cache/trace.h"
 
 #include <map>
 #include <memory>
@@ -247,7 +248,7 @@ private:
            const llama_kv_cells::seq_set_t & seqs);
 
     //
-    // state, see llama-kv-mixed-state.cpp
+    // state, see state.cpp
     //
 
     struct state_cell;
@@ -268,132 +269,38 @@ private:
     mutable ggml_context_ptr ctx_bytes;
     mutable std::map<const ggml_tensor *, ggml_tensor *> bytes;
 
-    // a record of the stream's occupancy (-1: of all streams), about a sequence (-1: about none in particular)
-    llama_kv_mixed_event make_event(llama_kv_mixed_event_kind kind, int32_t strm, llama_seq_id seq_id = -1, llama_pos p0 = -1, llama_pos p1 = -1) const;
+    //
+    // a migration, see migration.cpp
+    //
+
+    // cells src[i] of hot go to the free cells dst[i] of cold
+    struct migration {
+        uint32_t strm;
+
+        std::vector<uint32_t> src;
+        std::vector<uint32_t> dst;
+    };
+
+    // up to n of the oldest tokens that may move; empty: there are none, or cold is full
+    migration pick(uint32_t strm, uint32_t n, const std::vector<uint32_t> & in_flight) const;
+
+    // the rows; false: it failed, and nothing that is in use has changed
+    bool copy(const migration & mig);
+
+    // the cells
+    void commit(const migration & mig);
+
+    // the trace's record of a migration that is about to begin, and of the one that is complete
+    llama_kv_mixed_event make_event(const migration & mig, llama_kv_mixed_trigger trigger) const;
+
+    void record(const migration & mig, llama_kv_mixed_event event, int64_t dur_us);
 
     // what quantisation did to rows that have just been copied; layer by layer into the trace as well if that is wanted
-    void measure_error(uint32_t strm, const std::vector<uint32_t> & src, const std::vector<uint32_t> & dst, llama_kv_mixed_event & event,
-        std::vector<llama_kv_mixed_layer_error> & layers) const;
-};
+    void measure_error(const migration & mig, llama_kv_mixed_event & event, std::vector<llama_kv_mixed_layer_error> & layers) const;
 
-class llama_kv_cache_mixed_context : public llama_kv_cache_context {
-public:
-    // used for errors
-    llama_kv_cache_mixed_context(llama_memory_status status);
-
-    // used to create a full-cache context
-    llama_kv_cache_mixed_context(
-            llama_kv_cache_mixed * kv);
-
-    // used to create an update context
-    llama_kv_cache_mixed_context(
-            llama_kv_cache_mixed * kv,
-            llama_context * lctx,
-            bool do_shift);
-
-    // used to create a batch processing context from a batch
-    llama_kv_cache_mixed_context(
-            llama_kv_cache_mixed * kv,
-            slot_info_vec_t sinfos,
-            std::vector<llama_ubatch> ubatches);
-
-    virtual ~llama_kv_cache_mixed_context();
-
-    //
-    // llama_memory_context_i
-    //
-
-    bool next()  override;
-    bool apply() override;
-
-    //
-    // llama_kv_cache_context: the hot rows, and a mask over [cold | hot]
-    //
-
-    // dst [n_cold + n_kv, n_tokens/n_stream, 1, n_stream]
-    void set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const override;
-
-    //
-    // llama_kv_cache_mixed_context specific API
-    //
-
-    const llama_kv_cache_mixed * get_kv() const;
-
-    // cold cells in view
-    uint32_t get_n_cold() const;
-
-    // views of the cold rows in use, null when there are none
-    ggml_tensor * get_k_cold(ggml_context * ctx, int32_t il) const;
-    ggml_tensor * get_v_cold(ggml_context * ctx, int32_t il) const;
-
-private:
-    llama_kv_cache_mixed * const kv_mixed = nullptr;
-
-    // the current ubatch has been placed, and is not known to be computed yet
-    bool in_flight = false;
-
-    // for the current ubatch
-    uint32_t n_cold = 0;
+    // a record of the stream's occupancy (-1: of all streams), about a sequence (-1: about none in particular)
+    llama_kv_mixed_event make_event(llama_kv_mixed_event_kind kind, int32_t strm, llama_seq_id seq_id = -1, llama_pos p0 = -1, llama_pos p1 = -1) const;
 };
 
 // the mixed cache that a memory is or has within, null: none
 llama_kv_cache_mixed * llama_kv_mixed_find(llama_memory_i * mem);
-
-//
-// call sites in upstream's code
-//
-
-// throws when a mixed cache is requested for a model whose memory can not be one
-void llama_kv_mixed_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
-
-// passes on what create_memory() made; throws when a mixed cache was requested and there is none in it
-llama_memory_i * llama_kv_mixed_check_memory(llama_memory_i * mem);
-
-// new llama_kv_cache(), a mixed one when that is requested
-llama_kv_cache * llama_kv_mixed_new_cache(
-                            const llama_model & model,
-                          const llama_hparams & hparams,
-                                    ggml_type   type_k,
-                                    ggml_type   type_v,
-                                         bool   v_trans,
-                                         bool   offload,
-                                         bool   unified,
-                                     uint32_t   kv_size,
-                                     uint32_t   n_seq_max,
-                                     uint32_t   n_pad,
-                                     uint32_t   n_swa,
-                               llama_swa_type   swa_type,
-                               llama_memory_t   mem_other,
-        const llama_memory_i::layer_filter_cb & filter,
-        const  llama_memory_i::layer_reuse_cb & reuse,
-        const  llama_memory_i::layer_share_cb & share);
-
-// new llama_kv_cache_context() of a batch, of the cache's own kind
-llama_kv_cache_context * llama_kv_mixed_new_context(
-                             llama_kv_cache * kv,
-            llama_kv_cache::slot_info_vec_t   sinfos,
-                  std::vector<llama_ubatch>   ubatches);
-
-// the most tokens that the next ubatch may have, see llama_kv_cache_mixed::get_n_ubatch(); n_ubatch for other caches
-uint32_t llama_kv_mixed_n_ubatch(
-                       const llama_kv_cache & kv,
-                   const llama_batch_allocr & balloc,
-            const std::vector<llama_ubatch> & ubatches,
-                                   uint32_t   n_ubatch,
-                                   uint32_t   n_tail = 0);
-
-// the tokens that a stream holds: all cells of another cache
-uint32_t llama_kv_mixed_n_ctx_seq(const llama_kv_cache & kv);
-
-// cold cells in view, 0 for other caches
-uint32_t llama_kv_mixed_n_cold(const llama_kv_cache_context * mctx);
-
-// reads the state of one part of a memory, another part being the rest of it
-// when that fails, and the attention is mixed, both are left empty: half a state is none
-void llama_kv_mixed_state_read(
-       const llama_kv_cache & kv_attn,
-             llama_memory_i & part,
-             llama_memory_i & rest,
-            llama_io_read_i & io,
-               llama_seq_id   seq_id,
-      llama_state_seq_flags   flags);

@@ -1,6 +1,6 @@
-#include "llama-kv-mixed-graph.h"
+#include "graph/providers.h"
 
-#include "llama-kv-mixed-params.h"
+#include "cache/params.h"
 
 #include "llama-cparams.h"
 #include "llama-impl.h"
@@ -94,44 +94,28 @@ static ggml_tensor * build_join(ggml_context * ctx, ggml_tensor * cold, ggml_ten
     return ggml_concat(ctx, cold, hot, 2);
 }
 
-void llm_refuse_mixed(const llama_kv_cache_context * mctx) {
-    if (dynamic_cast<const llama_kv_cache_mixed_context *>(mctx)) {
-        llama_kv_mixed_error() = "no mixed KV cache for this model: its attention reads V out of the rows of K";
-        throw std::runtime_error(llama_kv_mixed_error());
-    }
-}
-
-ggml_tensor * llm_build_attn_mixed(
-              const llm_graph_context & gctx,
-         const llama_kv_cache_context * mctx_cur,
-                          ggml_tensor * q,
-                          ggml_tensor * k,
-                          ggml_tensor * v,
-                          ggml_tensor * kq_b,
-                          ggml_tensor * kq_mask,
-                          ggml_tensor * sinks,
-                          ggml_tensor * v_mla,
-                                float   kq_scale,
-                                  int   il) {
-    const auto * mctx = dynamic_cast<const llama_kv_cache_mixed_context *>(mctx_cur);
-
-    if (!mctx) {
-        return gctx.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, v_mla, 0, kq_scale, il);
-    }
-
-    GGML_ASSERT(!v_mla);
-
+ggml_tensor * llama_kv_mixed_build_attn(
+               const llm_graph_context & gctx,
+    const llama_kv_cache_mixed_context & mctx,
+                           ggml_tensor * q,
+                           ggml_tensor * k,
+                           ggml_tensor * v,
+                           ggml_tensor * kq_b,
+                           ggml_tensor * kq_mask,
+                           ggml_tensor * sinks,
+                                 float   kq_scale,
+                                   int   il) {
     // a bias for every pair of tokens, and Grok's other way of capping without flash attention, are left to the stock operations
     const bool is_plain = !kq_b && (gctx.arch != LLM_ARCH_GROK || gctx.cparams.flash_attn);
 
-    if (is_plain && mctx->get_kv()->get_params().attn != LLAMA_KV_MIXED_ATTN_COMPOSE && !get_fused_reason(*mctx->get_kv(), gctx.hparams, il)) {
+    if (is_plain && mctx.get_kv()->get_params().attn != LLAMA_KV_MIXED_ATTN_COMPOSE && !get_fused_reason(*mctx.get_kv(), gctx.hparams, il)) {
         const auto & hparams = gctx.hparams;
 
         auto * inp = (llm_graph_input_kv_mixed_fused *) gctx.res->add_input(std::make_unique<llm_graph_input_kv_mixed_fused>());
 
         ggml_tensor * cur = inp->fused.build(gctx.ctx0, {
-                q, k, v, mctx->get_k_cold(gctx.ctx0, il), mctx->get_v_cold(gctx.ctx0, il), kq_mask, sinks,
-                mctx->get_kv()->get_n_rot_k(), mctx->get_kv()->get_n_rot_v(),
+                q, k, v, mctx.get_k_cold(gctx.ctx0, il), mctx.get_v_cold(gctx.ctx0, il), kq_mask, sinks,
+                mctx.get_kv()->get_n_rot_k(), mctx.get_kv()->get_n_rot_v(),
             }, kq_scale, hparams.f_max_alibi_bias, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f,
             std::max(gctx.cparams.n_threads, gctx.cparams.n_threads_batch));
 
@@ -140,21 +124,21 @@ ggml_tensor * llm_build_attn_mixed(
         return cur;
     }
 
-    if (mctx->get_n_cold() == 0) {
-        return gctx.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, v_mla, 0, kq_scale, il);
+    if (mctx.get_n_cold() == 0) {
+        return gctx.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, nullptr, 0, kq_scale, il);
     }
 
     // hot rows and queries are rotated rather than cold rows back: there are more of those
-    const auto * rot = get_input_rot(gctx, mctx->get_kv()->get_cold());
+    const auto * rot = get_input_rot(gctx, mctx.get_kv()->get_cold());
 
     if (rot->k_rot) {
         q = llama_mul_mat_hadamard(gctx.ctx0, q, rot->k_rot);
     }
 
-    k = build_join(gctx.ctx0, mctx->get_k_cold(gctx.ctx0, il), k, rot->k_rot);
-    v = build_join(gctx.ctx0, mctx->get_v_cold(gctx.ctx0, il), v, rot->v_rot);
+    k = build_join(gctx.ctx0, mctx.get_k_cold(gctx.ctx0, il), k, rot->k_rot);
+    v = build_join(gctx.ctx0, mctx.get_v_cold(gctx.ctx0, il), v, rot->v_rot);
 
-    ggml_tensor * cur = gctx.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, v_mla, 0, kq_scale, il);
+    ggml_tensor * cur = gctx.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, nullptr, 0, kq_scale, il);
 
     if (rot->v_rot) {
         cur = llama_mul_mat_hadamard(gctx.ctx0, cur, rot->v_rot);

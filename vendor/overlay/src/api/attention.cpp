@@ -1,5 +1,5 @@
-#include "llama-kv-mixed-attn.h"
-#include "llama-kv-mixed-params.h"
+#include "attention/attention.h"
+#include "cache/params.h"
 
 #include "llama-impl.h"
 

@@ -1,7 +1,7 @@
 // the C interface of a cache that is driven by hand
 
-#include "llama-kv-cache-mixed.h"
-#include "llama-kv-mixed-params.h"
+#include "cache/kv-cache-mixed.h"
+#include "cache/params.h"
 
 #include "llama-batch.h"
 #include "llama-impl.h"

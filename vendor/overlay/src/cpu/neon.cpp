@@ -1,8 +1,8 @@
 #if defined(__aarch64__)
 
 #define KVM_NEON
-#include "llama-kv-mixed-attn-kernel.h"
-#include "llama-kv-mixed-quantize.h"
+#include "attention/kernel.h"
+#include "formats/quantize.h"
 
 extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_neon;
 

@@ -1,4 +1,4 @@
-#include "llama-kv-mixed-attn.h"
+#include "attention/attention.h"
 
 #include "ggml.h"
 

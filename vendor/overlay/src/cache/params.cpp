@@ -1,4 +1,4 @@
-#include "llama-kv-mixed-params.h"
+#include "cache/params.h"
 
 #include "llama-impl.h"
 

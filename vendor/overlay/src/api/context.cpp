@@ -1,5 +1,5 @@
-#include "llama-kv-cache-mixed.h"
-#include "llama-kv-mixed-params.h"
+#include "cache/kv-cache-mixed.h"
+#include "cache/params.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"

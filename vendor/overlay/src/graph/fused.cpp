@@ -1,4 +1,4 @@
-#include "llama-kv-mixed-fused.h"
+#include "graph/fused.h"
 
 #include "ggml-backend.h"
 

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "llama-kv-mixed-simd.h"
+#include "cpu/simd.h"
 
 namespace {
 

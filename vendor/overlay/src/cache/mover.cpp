@@ -1,6 +1,6 @@
-#include "llama-kv-mixed-mover.h"
+#include "cache/mover.h"
 
-#include "llama-kv-mixed-fused.h"
+#include "graph/fused.h"
 
 #include "llama-impl.h"
 

@@ -1,6 +1,6 @@
 // the saved state of a mixed KV cache: reading and writing
 
-#include "llama-kv-cache-mixed.h"
+#include "cache/kv-cache-mixed.h"
 
 #include "llama-impl.h"
 #include "llama-io.h"

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "llama-kv-mixed-attn.h"
+#include "attention/attention.h"
 
 #include "ggml.h"
 

@@ -1,4 +1,4 @@
-#include "llama-kv-mixed-policy.h"
+#include "cache/policy.h"
 
 #include <algorithm>
 #include <map>

@@ -1,0 +1,113 @@
+#include "cache/context.h"
+
+#include <cassert>
+#include <cstring>
+
+llama_kv_cache_mixed_context::llama_kv_cache_mixed_context(llama_memory_status status) : llama_kv_cache_context(status) {}
+
+llama_kv_cache_mixed_context::llama_kv_cache_mixed_context(
+        llama_kv_cache_mixed * kv) : llama_kv_cache_context(kv), kv_mixed(kv), n_cold(kv->get_cold()->get_size()) {
+}
+
+llama_kv_cache_mixed_context::llama_kv_cache_mixed_context(
+        llama_kv_cache_mixed * kv,
+        llama_context * lctx,
+        bool do_shift) : llama_kv_cache_context(kv, lctx, do_shift, {}), kv_mixed(kv) {
+}
+
+llama_kv_cache_mixed_context::llama_kv_cache_mixed_context(
+        llama_kv_cache_mixed * kv,
+        slot_info_vec_t sinfos,
+        std::vector<llama_ubatch> ubatches) : llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches)), kv_mixed(kv) {
+}
+
+llama_kv_cache_mixed_context::~llama_kv_cache_mixed_context() {
+    if (in_flight) {
+        kv_mixed->drop(sinfos[i_cur], ubatches[i_cur]);
+    }
+}
+
+bool llama_kv_cache_mixed_context::next() {
+    in_flight = false;
+
+    return llama_kv_cache_context::next();
+}
+
+bool llama_kv_cache_mixed_context::apply() {
+    assert(!llama_memory_status_is_fail(status));
+
+    // no ubatches -> this is a KV cache update
+    if (ubatches.empty()) {
+        // (where this is one of several caches, it may be another one that has something to do)
+        return !do_shift || kv_mixed->update(lctx);
+    }
+
+    auto & sinfo = sinfos[i_cur];
+
+    sinfo = kv_mixed->find_slot(ubatches[i_cur]);
+    if (sinfo.empty()) {
+        return false;
+    }
+
+    llama_kv_cache_context::apply();
+
+    in_flight = true;
+
+    kv_mixed->commit(sinfo);
+
+    n_cold = kv_mixed->get_n_cold(sinfo);
+
+    return true;
+}
+
+const llama_kv_cache_mixed * llama_kv_cache_mixed_context::get_kv() const {
+    return kv_mixed;
+}
+
+uint32_t llama_kv_cache_mixed_context::get_n_cold() const {
+    return n_cold;
+}
+
+ggml_tensor * llama_kv_cache_mixed_context::get_k_cold(ggml_context * ctx, int32_t il) const {
+    return n_cold == 0 ? nullptr : kv_mixed->get_cold()->get_k(ctx, il, n_cold, sinfos[i_cur]);
+}
+
+ggml_tensor * llama_kv_cache_mixed_context::get_v_cold(ggml_context * ctx, int32_t il) const {
+    return n_cold == 0 ? nullptr : kv_mixed->get_cold()->get_v(ctx, il, n_cold, sinfos[i_cur]);
+}
+
+void llama_kv_cache_mixed_context::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const {
+    GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
+    GGML_ASSERT(dst->ne[0] == (int64_t) n_cold + get_n_kv());
+
+    const size_t  size_el = ggml_type_size(dst->type);
+    const int64_t n_rows  = ggml_nrows(dst);
+
+    std::vector<uint8_t> buf;
+
+    size_t offs = 0;
+
+    const auto fill = [&](const llama_kv_cache * kv_side, int64_t n_kv) {
+        buf.resize(n_kv*n_rows*size_el);
+
+        // a stand-in with the rows of this side
+        ggml_tensor side = *dst;
+
+        side.ne[0] = n_kv;
+        side.data  = buf.data();
+
+        kv_side->set_input_kq_mask(&side, ubatch, causal_attn);
+
+        const size_t size_row = n_kv*size_el;
+        for (int64_t i = 0; i < n_rows; ++i) {
+            memcpy((char *) dst->data + i*dst->ne[0]*size_el + offs, buf.data() + i*size_row, size_row);
+        }
+
+        offs += size_row;
+    };
+
+    if (n_cold > 0) {
+        fill(kv_mixed->get_cold(), n_cold);
+    }
+    fill(kv_mixed->get_hot(), get_n_kv());
+}

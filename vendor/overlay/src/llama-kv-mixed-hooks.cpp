@@ -1,0 +1,221 @@
+#include "llama-kv-mixed-hooks.h"
+
+#include "cache/context.h"
+#include "cache/kv-cache-mixed.h"
+#include "cache/params.h"
+#include "graph/providers.h"
+
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <stdexcept>
+
+// why a model's memory can not be mixed, null when it can
+static const char * unsupported_reason(const llama_model & model, const llama_memory_params & params) {
+    const auto & hparams = model.hparams;
+
+    if (llm_arch_is_recurrent(model.arch)) {
+        return "its memory is a recurrent state, not a KV cache";
+    }
+
+    switch (model.arch) {
+        case LLM_ARCH_MINIMAX_M3:
+            return "its sparse attention (MSA) picks rows of one cache, which is not supported yet";
+        case LLM_ARCH_DEEPSEEK4:
+            return "its compressed attention (DSV4) keeps caches of its own, which is not supported yet";
+        case LLM_ARCH_DEEPSEEK32:
+        case LLM_ARCH_GLM_DSA:
+        case LLM_ARCH_GLM5_NEXT:
+        case LLM_ARCH_DOTS3NOTE:
+            return "its sparse attention (DSA) picks rows of one cache, which is not supported yet";
+        case LLM_ARCH_QWEN4EXP:
+            return "its sparse attention (QSA) picks rows of one cache, which is not supported yet";
+        case LLM_ARCH_DFLASH:
+        case LLM_ARCH_GEMMA4_ASSISTANT:
+            return "it is a draft model that lives on the cache of another one";
+        case LLM_ARCH_PLM:
+            return "its graph hands V over in a shape that only a transposed V cache takes";
+        default:
+            break;
+    }
+
+    if (hparams.is_mla()) {
+        return "its multi-head latent attention (MLA) keeps no V rows, which is not supported yet";
+    }
+    if (hparams.n_rel_attn_bkts > 0) {
+        return "its relative position buckets are computed for one cache only";
+    }
+    if (hparams.ple_n_heads > 0) {
+        return "its n-gram embeddings look up earlier tokens in one cache only";
+    }
+    if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
+        return "a context of this type shares its cache with another one";
+    }
+
+    return nullptr;
+}
+
+[[noreturn]] static void fail(const std::string & reason) {
+    llama_kv_mixed_error() = reason;
+    throw std::runtime_error(reason);
+}
+
+static std::optional<llama_kv_mixed_params> requested_or_fail() {
+    try {
+        return llama_kv_mixed_params_requested();
+    } catch (const std::invalid_argument & err) {
+        fail(err.what());
+    }
+}
+
+void llama_kv_mixed_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    // (other draft models have a context to draft for as well, and a cache of their own)
+    if (model.arch == LLM_ARCH_GEMMA4_ASSISTANT && llama_kv_mixed_find(params.mem_other)) {
+        fail(format("a %s model reads the rows of another context's cache, and that is a mixed one", llm_arch_name(model.arch)));
+    }
+
+    if (!requested_or_fail()) {
+        return;
+    }
+
+    if (const char * reason = unsupported_reason(model, params)) {
+        fail(format("no mixed KV cache for a %s model: %s", llm_arch_name(model.arch), reason));
+    }
+
+    if (!cparams.causal_attn) {
+        fail("no mixed KV cache without causal attention: its batches can not be split to fit in hot");
+    }
+}
+
+llama_memory_i * llama_kv_mixed_check_memory(llama_memory_i * mem) {
+    if (requested_or_fail() && !llama_kv_mixed_find(mem)) {
+        const bool none = mem == nullptr;
+        delete mem;
+        fail(none ? "no mixed KV cache for a model without a KV cache" : "no mixed KV cache for this model: its cache is of a kind that is not supported yet");
+    }
+
+    return mem;
+}
+
+llama_kv_cache * llama_kv_mixed_new_cache(
+                            const llama_model & model,
+                          const llama_hparams & hparams,
+                                    ggml_type   type_k,
+                                    ggml_type   type_v,
+                                         bool   v_trans,
+                                         bool   offload,
+                                         bool   unified,
+                                     uint32_t   kv_size,
+                                     uint32_t   n_seq_max,
+                                     uint32_t   n_pad,
+                                     uint32_t   n_swa,
+                               llama_swa_type   swa_type,
+                               llama_memory_t   mem_other,
+        const llama_memory_i::layer_filter_cb & filter,
+        const  llama_memory_i::layer_reuse_cb & reuse,
+        const  llama_memory_i::layer_share_cb & share) {
+    const auto params = requested_or_fail();
+    if (!params) {
+        return new llama_kv_cache(
+                model, hparams, type_k, type_v, v_trans, offload, unified, kv_size, n_seq_max, n_pad,
+                n_swa, swa_type, mem_other, filter, reuse, share);
+    }
+
+    GGML_ASSERT(swa_type == LLAMA_SWA_TYPE_NONE && !mem_other);
+
+    try {
+        auto res = std::make_unique<llama_kv_cache_mixed>(
+                model, hparams, type_k, type_v, *params, offload, unified, kv_size, n_seq_max, n_pad, filter, reuse);
+        llama_kv_mixed_check_attn(model, *res);
+        return res.release();
+    } catch (const std::exception & err) {
+        fail(err.what());
+    }
+}
+
+llama_kv_cache_context * llama_kv_mixed_new_context(
+                             llama_kv_cache * kv,
+            llama_kv_cache::slot_info_vec_t   sinfos,
+                  std::vector<llama_ubatch>   ubatches) {
+    if (auto * mixed = dynamic_cast<llama_kv_cache_mixed *>(kv)) {
+        return new llama_kv_cache_mixed_context(mixed, std::move(sinfos), std::move(ubatches));
+    }
+
+    return new llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches));
+}
+
+uint32_t llama_kv_mixed_n_ubatch(
+                       const llama_kv_cache & kv,
+                   const llama_batch_allocr & balloc,
+            const std::vector<llama_ubatch> & ubatches,
+                                   uint32_t   n_ubatch,
+                                   uint32_t   n_tail) {
+    const auto * mixed = dynamic_cast<const llama_kv_cache_mixed *>(&kv);
+
+    return mixed ? mixed->get_n_ubatch(balloc, ubatches, n_ubatch, n_tail) : n_ubatch;
+}
+
+uint32_t llama_kv_mixed_n_ctx_seq(const llama_kv_cache & kv) {
+    const auto * mixed = dynamic_cast<const llama_kv_cache_mixed *>(&kv);
+
+    return mixed ? mixed->get_n_ctx_seq() : kv.get_size();
+}
+
+uint32_t llama_kv_mixed_n_cold(const llama_kv_cache_context * mctx) {
+    const auto * mixed = dynamic_cast<const llama_kv_cache_mixed_context *>(mctx);
+
+    return mixed ? mixed->get_n_cold() : 0;
+}
+
+void llama_kv_mixed_state_read(
+       const llama_kv_cache & kv_attn,
+             llama_memory_i & part,
+             llama_memory_i & rest,
+            llama_io_read_i & io,
+               llama_seq_id   seq_id,
+      llama_state_seq_flags   flags) {
+    try {
+        part.state_read(io, seq_id, flags);
+    } catch (...) {
+        if (dynamic_cast<const llama_kv_cache_mixed *>(&kv_attn)) {
+            for (llama_memory_i * mem : { &part, &rest }) {
+                if (seq_id == -1) {
+                    mem->clear(true);
+                } else {
+                    mem->seq_rm(seq_id, -1, -1);
+                }
+            }
+        }
+        throw;
+    }
+}
+
+void llm_refuse_mixed(const llama_kv_cache_context * mctx) {
+    if (dynamic_cast<const llama_kv_cache_mixed_context *>(mctx)) {
+        llama_kv_mixed_error() = "no mixed KV cache for this model: its attention reads V out of the rows of K";
+        throw std::runtime_error(llama_kv_mixed_error());
+    }
+}
+
+ggml_tensor * llm_build_attn_mixed(
+              const llm_graph_context & gctx,
+         const llama_kv_cache_context * mctx_cur,
+                          ggml_tensor * q,
+                          ggml_tensor * k,
+                          ggml_tensor * v,
+                          ggml_tensor * kq_b,
+                          ggml_tensor * kq_mask,
+                          ggml_tensor * sinks,
+                          ggml_tensor * v_mla,
+                                float   kq_scale,
+                                  int   il) {
+    const auto * mctx = dynamic_cast<const llama_kv_cache_mixed_context *>(mctx_cur);
+
+    if (!mctx) {
+        return gctx.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, v_mla, 0, kq_scale, il);
+    }
+
+    GGML_ASSERT(!v_mla);
+
+    return llama_kv_mixed_build_attn(gctx, *mctx, q, k, v, kq_b, kq_mask, sinks, kq_scale, il);
+}

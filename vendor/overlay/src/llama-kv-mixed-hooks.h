@@ -1,0 +1,87 @@
+#pragma once
+
+#include "llama-kv-cache.h"
+
+#include <cstdint>
+#include <vector>
+
+//
+// the mixed KV cache in llama.cpp: all that the patches call
+//
+
+struct llama_cparams;
+struct llama_model;
+struct llm_graph_context;
+
+// throws when a mixed cache is requested for a model whose memory can not be one
+void llama_kv_mixed_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
+
+// passes on what create_memory() made; throws when a mixed cache was requested and there is none in it
+llama_memory_i * llama_kv_mixed_check_memory(llama_memory_i * mem);
+
+// new llama_kv_cache(), a mixed one when that is requested
+llama_kv_cache * llama_kv_mixed_new_cache(
+                            const llama_model & model,
+                          const llama_hparams & hparams,
+                                    ggml_type   type_k,
+                                    ggml_type   type_v,
+                                         bool   v_trans,
+                                         bool   offload,
+                                         bool   unified,
+                                     uint32_t   kv_size,
+                                     uint32_t   n_seq_max,
+                                     uint32_t   n_pad,
+                                     uint32_t   n_swa,
+                               llama_swa_type   swa_type,
+                               llama_memory_t   mem_other,
+        const llama_memory_i::layer_filter_cb & filter,
+        const  llama_memory_i::layer_reuse_cb & reuse,
+        const  llama_memory_i::layer_share_cb & share);
+
+// new llama_kv_cache_context() of a batch, of the cache's own kind
+llama_kv_cache_context * llama_kv_mixed_new_context(
+                             llama_kv_cache * kv,
+            llama_kv_cache::slot_info_vec_t   sinfos,
+                  std::vector<llama_ubatch>   ubatches);
+
+// the most tokens that the next ubatch may have, see llama_kv_cache_mixed::get_n_ubatch(); n_ubatch for other caches
+uint32_t llama_kv_mixed_n_ubatch(
+                       const llama_kv_cache & kv,
+                   const llama_batch_allocr & balloc,
+            const std::vector<llama_ubatch> & ubatches,
+                                   uint32_t   n_ubatch,
+                                   uint32_t   n_tail = 0);
+
+// the tokens that a stream holds: all cells of another cache
+uint32_t llama_kv_mixed_n_ctx_seq(const llama_kv_cache & kv);
+
+// cold cells in view, 0 for other caches
+uint32_t llama_kv_mixed_n_cold(const llama_kv_cache_context * mctx);
+
+// reads the state of one part of a memory, another part being the rest of it
+// when that fails, and the attention is mixed, both are left empty: half a state is none
+void llama_kv_mixed_state_read(
+       const llama_kv_cache & kv_attn,
+             llama_memory_i & part,
+             llama_memory_i & rest,
+            llama_io_read_i & io,
+               llama_seq_id   seq_id,
+      llama_state_seq_flags   flags);
+
+// throws when the context is that of a mixed cache, for inputs that know K alone
+void llm_refuse_mixed(const llama_kv_cache_context * mctx);
+
+// llm_graph_context::build_attn_mha(), over cold and hot where mctx is the context of a mixed cache
+// k and v are the views of its hot rows
+ggml_tensor * llm_build_attn_mixed(
+              const llm_graph_context & gctx,
+         const llama_kv_cache_context * mctx,
+                          ggml_tensor * q,
+                          ggml_tensor * k,
+                          ggml_tensor * v,
+                          ggml_tensor * kq_b,
+                          ggml_tensor * kq_mask,
+                          ggml_tensor * sinks,
+                          ggml_tensor * v_mla,
+                                float   kq_scale,
+                                  int   il);
