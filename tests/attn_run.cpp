@@ -2,6 +2,7 @@
 // First it writes the names of its instruction sets, as a line. tests/emulated.py is the other side.
 
 #include "attention/attention.h"
+#include "formats/formats.h"
 
 #include "ggml.h"
 
@@ -47,7 +48,7 @@ static void write(const std::vector<T> & res) {
     fflush(stdout);
 }
 
-static void run_attn(const llama_kv_mixed_attn_kernel & kernel) {
+static void run_attn(const llama_kv_mixed_isa & isa) {
     const auto r = read_one<attn_request>();
 
     llama_kv_mixed_attn_args a = {};
@@ -110,7 +111,7 @@ static void run_attn(const llama_kv_mixed_attn_kernel & kernel) {
     std::vector<float> dst(r.n_stream*r.n_tokens*r.n_head*r.n_embd_v);
     a.dst = dst.data();
 
-    llama_kv_mixed_attn_compute(kernel, a, (int) r.n_threads);
+    llama_kv_mixed_attn_compute(isa, a, (int) r.n_threads);
 
     write(dst);
 }
@@ -119,8 +120,11 @@ struct quantize_request {
     int64_t type_src, type_dst, n_rows, n, n_rot;
 };
 
-static void run_quantize(const llama_kv_mixed_attn_kernel & kernel) {
+static void run_quantize(const llama_kv_mixed_isa & isa) {
     const auto r = read_one<quantize_request>();
+
+    const auto & from = *llama_kv_mixed_find_format((int32_t) r.type_src, isa);
+    const auto & to   = *llama_kv_mixed_find_format((int32_t) r.type_dst, isa);
 
     const size_t nb_src = ggml_row_size((ggml_type) r.type_src, r.n);
     const size_t nb_dst = ggml_row_size((ggml_type) r.type_dst, r.n);
@@ -128,23 +132,23 @@ static void run_quantize(const llama_kv_mixed_attn_kernel & kernel) {
     const auto src = read<uint8_t>(r.n_rows*nb_src);
     std::vector<uint8_t> dst(r.n_rows*nb_dst);
     for (int64_t i = 0; i < r.n_rows; ++i) {
-        kernel.quantize_row(src.data() + i*nb_src, (int32_t) r.type_src, dst.data() + i*nb_dst, (int32_t) r.type_dst, r.n, r.n_rot);
+        isa.quantize_row(from, src.data() + i*nb_src, to, dst.data() + i*nb_dst, r.n, r.n_rot);
     }
 
     write(dst);
 }
 
 int main() {
-    printf("%s\n", llama_kv_mixed_attn_get_names().c_str());
+    printf("%s\n", llama_kv_mixed_get_isa_names().c_str());
     fflush(stdout);
 
     for (header h; fread(&h, sizeof(h), 1, stdin) == 1;) {
-        const auto * kernel = llama_kv_mixed_attn_get_kernel(h.isa);
-        if (!kernel) {
+        const auto * isa = llama_kv_mixed_get_isa(h.isa);
+        if (!isa) {
             fprintf(stderr, "no kernel '%s'\n", h.isa);
             return 1;
         }
-        (h.what == 0 ? run_attn : run_quantize)(*kernel);
+        (h.what == 0 ? run_attn : run_quantize)(*isa);
     }
 
     return 0;

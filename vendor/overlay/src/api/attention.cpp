@@ -1,14 +1,16 @@
 #include "attention/attention.h"
 #include "cache/params.h"
+#include "cpu/isa.h"
+#include "formats/formats.h"
 
 #include "llama-impl.h"
 
 #include <stdexcept>
 
-static const llama_kv_mixed_attn_kernel & get_kernel(const char * isa) {
-    const auto * res = llama_kv_mixed_attn_get_kernel(isa);
+static const llama_kv_mixed_isa & get_isa(const char * name) {
+    const auto * res = llama_kv_mixed_get_isa(name);
     if (!res) {
-        throw std::invalid_argument(format("this machine does not run '%s' (it has %s)", isa, llama_kv_mixed_attn_isas()));
+        throw std::invalid_argument(format("this machine does not run '%s' (it has %s)", name, llama_kv_mixed_attn_isas()));
     }
     return *res;
 }
@@ -17,7 +19,7 @@ static const llama_kv_mixed_attn_kernel & get_kernel(const char * isa) {
 // llama_kv_mixed_attn
 //
 
-static const llama_kv_mixed_attn_kernel & check(const llama_kv_mixed_attn_args * args, int32_t n_threads, const char * isa) {
+static const llama_kv_mixed_isa & check(const llama_kv_mixed_attn_args * args, int32_t n_threads, const char * isa) {
     if (!args || args->struct_size != sizeof(*args)) {
         throw std::invalid_argument("args is not a llama_kv_mixed_attn_args of this library");
     }
@@ -32,7 +34,7 @@ static const llama_kv_mixed_attn_kernel & check(const llama_kv_mixed_attn_args *
     }
     if (!llama_kv_mixed_attn_supports(args->n_embd_k, args->n_embd_v, args->n_head/args->n_head_kv)) {
         throw std::invalid_argument(format("heads of more than %d values, or more than %d heads to a KV head",
-            LLAMA_KV_MIXED_ATTN_MAX_EMBD, LLAMA_KV_MIXED_ATTN_MAX_ROWS));
+            LLAMA_KV_MIXED_MAX_EMBD, LLAMA_KV_MIXED_ATTN_MAX_ROWS));
     }
     for (const auto & [n_rot, n_embd] : { std::pair(args->n_rot_k, args->n_embd_k), std::pair(args->n_rot_v, args->n_embd_v) }) {
         if (n_rot != 0 && (n_rot < 16 || (n_rot & (n_rot - 1)) != 0 || n_embd % n_rot != 0)) {
@@ -44,7 +46,7 @@ static const llama_kv_mixed_attn_kernel & check(const llama_kv_mixed_attn_args *
             throw std::invalid_argument("n_kv is negative");
         }
         for (const auto & [type, n_embd] : { std::pair(seg.type_k, args->n_embd_k), std::pair(seg.type_v, args->n_embd_v) }) {
-            if (!llama_kv_mixed_is_cache_type(type)) {
+            if (!llama_kv_mixed_find_format(type)) {
                 throw std::invalid_argument(format("the type %d is not a KV cache type", type));
             }
             if (n_embd % ggml_blck_size((ggml_type) type) != 0) {
@@ -54,15 +56,14 @@ static const llama_kv_mixed_attn_kernel & check(const llama_kv_mixed_attn_args *
         }
     }
 
-    return get_kernel(isa);
+    return get_isa(isa);
 }
 
 LLAMA_API int32_t llama_kv_mixed_attn(const llama_kv_mixed_attn_args * args, int32_t n_threads, const char * isa) {
     llama_kv_mixed_error().clear();
 
     try {
-        const auto & kernel = check(args, n_threads, isa);
-        llama_kv_mixed_attn_compute(kernel, *args, n_threads);
+        llama_kv_mixed_attn_compute(check(args, n_threads, isa), *args, n_threads);
     } catch (const std::exception & err) {
         llama_kv_mixed_error() = err.what();
         return -1;
@@ -79,15 +80,17 @@ LLAMA_API int32_t llama_kv_mixed_quantize(
         if (!src || !dst || n_rows < 0) {
             throw std::invalid_argument("there are no rows");
         }
-        if (!llama_kv_mixed_quantize_supports(type_src, type_dst, n, n_rot)) {
+        const auto & kernels = get_isa(isa);
+        const auto * from = llama_kv_mixed_find_format(type_src, kernels);
+        const auto * to   = llama_kv_mixed_find_format(type_dst, kernels);
+        if (!from || !to || !llama_kv_mixed_can_quantize(*from, *to, n, n_rot)) {
             throw std::invalid_argument(format("rows of %d values of type %d, rotated in blocks of %d, do not go to type %d",
                 (int) n, type_src, (int) n_rot, type_dst));
         }
-        const auto & kernel = get_kernel(isa);
         const size_t nb_src = ggml_row_size((ggml_type) type_src, n);
         const size_t nb_dst = ggml_row_size((ggml_type) type_dst, n);
         for (int64_t i = 0; i < n_rows; ++i) {
-            kernel.quantize_row((const char *) src + i*nb_src, type_src, (char *) dst + i*nb_dst, type_dst, n, n_rot);
+            kernels.quantize_row(*from, (const char *) src + i*nb_src, *to, (char *) dst + i*nb_dst, n, n_rot);
         }
     } catch (const std::exception & err) {
         llama_kv_mixed_error() = err.what();
@@ -98,7 +101,7 @@ LLAMA_API int32_t llama_kv_mixed_quantize(
 }
 
 LLAMA_API const char * llama_kv_mixed_attn_isas(void) {
-    static const std::string res = llama_kv_mixed_attn_get_names();
+    static const std::string res = llama_kv_mixed_get_isa_names();
 
     return res.c_str();
 }

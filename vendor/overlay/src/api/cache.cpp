@@ -2,6 +2,7 @@
 
 #include "cache/kv-cache-mixed.h"
 #include "cache/params.h"
+#include "formats/formats.h"
 
 #include "llama-batch.h"
 #include "llama-impl.h"
@@ -122,8 +123,8 @@ LLAMA_API llama_kv_mixed_cache * llama_kv_mixed_cache_init(const llama_kv_mixed_
         check(shape->n_head_kv > 0, "n_head_kv must be at least 1");
         check(shape->n_embd_head_k > 0, "n_embd_head_k must be at least 1");
         check(shape->n_embd_head_v > 0, "n_embd_head_v must be at least 1");
-        check(llama_kv_mixed_is_cache_type(shape->type_k), "type_k is not a KV cache type");
-        check(llama_kv_mixed_is_cache_type(shape->type_v), "type_v is not a KV cache type");
+        check(llama_kv_mixed_find_format(shape->type_k), "type_k is not a KV cache type");
+        check(llama_kv_mixed_find_format(shape->type_v), "type_v is not a KV cache type");
         check(params || shape->n_ctx > 0, "n_ctx must be at least 1");
 
         const uint32_t n_pad = std::max(1u, shape->n_pad);

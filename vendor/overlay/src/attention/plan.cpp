@@ -1,22 +1,15 @@
 #include "attention/attention.h"
 
+#include "formats/formats.h"
+
 #include "ggml.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <thread>
-#include <vector>
-
-#if defined(__aarch64__) && defined(__linux__)
-#include <asm/hwcap.h>
-#include <sys/auxv.h>
-#endif
 
 // few query rows: cells are used as they are stored; more: they are expanded first
 static const int64_t max_rows_direct = 16;
 
-static const int64_t tile_size = 128;
+static const int64_t tile_size = LLAMA_KV_MIXED_TILE;
 
 // as many tasks as keep the threads of a large machine busy to the end
 static const int64_t n_task_wanted = 64;
@@ -37,15 +30,7 @@ static int64_t pad(int64_t n, int64_t to) {
 }
 
 bool llama_kv_mixed_attn_supports(int64_t n_embd_k, int64_t n_embd_v, int64_t n_gqa) {
-    return n_embd_k <= LLAMA_KV_MIXED_ATTN_MAX_EMBD && n_embd_v <= LLAMA_KV_MIXED_ATTN_MAX_EMBD && n_gqa <= LLAMA_KV_MIXED_ATTN_MAX_ROWS;
-}
-
-bool llama_kv_mixed_quantize_supports(int32_t type_src, int32_t type_dst, int64_t n, int64_t n_rot) {
-    const bool is_rot = n_rot >= 32 && n_rot <= LLAMA_KV_MIXED_QUANTIZE_MAX_ROT && (n_rot & (n_rot - 1)) == 0 && n % n_rot == 0;
-
-    return (type_src == GGML_TYPE_F16 || type_src == GGML_TYPE_BF16 || type_src == GGML_TYPE_F32)
-        && (type_dst == GGML_TYPE_Q4_0 || type_dst == GGML_TYPE_Q8_0)
-        && n > 0 && n % 32 == 0 && (n_rot == 0 || is_rot);
+    return n_embd_k <= LLAMA_KV_MIXED_MAX_EMBD && n_embd_v <= LLAMA_KV_MIXED_MAX_EMBD && n_gqa <= LLAMA_KV_MIXED_ATTN_MAX_ROWS;
 }
 
 llama_kv_mixed_attn_plan llama_kv_mixed_attn_make_plan(const llama_kv_mixed_attn_args & args) {
@@ -100,123 +85,12 @@ llama_kv_mixed_attn_plan llama_kv_mixed_attn_make_plan(const llama_kv_mixed_attn
         res.n_partial = pad(res.n_rows*(res.ld_v + 2), 16);
     }
 
-    res.n_scratch = pad(res.n_query, 16)                                  // whose queries are there
-        + res.n_query*pad(res.n_rows*res.ld_k, 16)                        // Q
-        + (res.gemm ? 0 : res.n_query*pad(res.n_rows*pad(res.ld_k, 64)/64*22, 16)) // Q in 8 bits
-        + res.n_hpt*(pad(res.n_rows*res.ld_v, 16) + pad(res.n_rows, 16) + res.n_rows*16 + pad(res.n_gqa, 16)) // O, m, s, slope
-        + pad(res.n_rows, 16)                                             // pmax
-        + 48*tile_size + res.n_tpb*tile_size                              // S, mask
-        + tile_size*(res.ld_k*(res.gemm ? 2 : 1) + res.ld_v)              // K, its transpose, V
-        + 16;
+    int64_t size_query = 0;
+    for (const auto & seg : args.seg) {
+        const auto * format = llama_kv_mixed_find_format(seg.type_k);
+        size_query = std::max(size_query, format ? format->size_query : 0);
+    }
+    res.layout = llama_kv_mixed_attn_make_layout(res, size_query);
 
     return res;
-}
-
-//
-// kernels
-//
-
-#if defined(__x86_64__) && defined(__GNUC__)
-extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_avx512;
-extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_avx2;
-#elif defined(__aarch64__)
-extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_dotprod;
-extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_neon;
-#endif
-extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_generic;
-
-// those that this machine runs, best first
-static std::vector<const llama_kv_mixed_attn_kernel *> get_kernels() {
-    std::vector<const llama_kv_mixed_attn_kernel *> res;
-#if defined(__x86_64__) && defined(__GNUC__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f")  && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) {
-        res.push_back(&llama_kv_mixed_attn_avx512);
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-        res.push_back(&llama_kv_mixed_attn_avx2);
-    }
-#elif defined(__aarch64__)
-#if defined(__APPLE__)
-    res.push_back(&llama_kv_mixed_attn_dotprod);
-#elif defined(__linux__)
-    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) {
-        res.push_back(&llama_kv_mixed_attn_dotprod);
-    }
-#endif
-    res.push_back(&llama_kv_mixed_attn_neon);
-#endif
-    res.push_back(&llama_kv_mixed_attn_generic);
-    return res;
-}
-
-static const std::vector<const llama_kv_mixed_attn_kernel *> & kernels() {
-    static const auto res = get_kernels();
-    return res;
-}
-
-std::string llama_kv_mixed_attn_get_names() {
-    std::string res;
-    for (const auto * kernel : kernels()) {
-        res += (res.empty() ? "" : " ") + std::string(kernel->name);
-    }
-    return res;
-}
-
-const llama_kv_mixed_attn_kernel * llama_kv_mixed_attn_get_kernel(const char * name) {
-    for (const auto * kernel : kernels()) {
-        if (!name || strcmp(kernel->name, name) == 0) {
-            return kernel;
-        }
-    }
-    return nullptr;
-}
-
-void llama_kv_mixed_attn_run(
-    const llama_kv_mixed_attn_kernel & kernel,
-      const llama_kv_mixed_attn_args & args,
-      const llama_kv_mixed_attn_plan & plan,
-                std::atomic<int64_t> & next,
-                               float * partial,
-                               float * scratch,
-                                   int n_threads) {
-    memset(scratch, 0xFF, plan.n_query*sizeof(float));
-
-    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
-
-    for (int64_t task = take(); task < plan.n_task; task = take()) {
-        // most likely the others will take one each before this is done
-        kernel.task(args, plan, task, std::min(task + n_threads, plan.n_task), partial, scratch);
-    }
-}
-
-void llama_kv_mixed_attn_compute(const llama_kv_mixed_attn_kernel & kernel, const llama_kv_mixed_attn_args & args, int n_threads) {
-    const auto plan = llama_kv_mixed_attn_make_plan(args);
-
-    std::vector<float> partial(plan.n_partials());
-    std::vector<float> scratch(plan.n_scratch*n_threads);
-
-    const auto run = [&](const auto & work) {
-        std::vector<std::thread> threads;
-        for (int i = 1; i < n_threads; ++i) {
-            threads.emplace_back(work, i);
-        }
-        work(0);
-        for (auto & thread : threads) {
-            thread.join();
-        }
-    };
-
-    std::atomic<int64_t> next = 0;
-    run([&](int i) {
-        llama_kv_mixed_attn_run(kernel, args, plan, next, partial.data(), scratch.data() + i*plan.n_scratch, n_threads);
-    });
-
-    if (plan.n_partial > 0) {
-        const int64_t n_rows = args.n_stream*args.n_tokens*args.n_head;
-        run([&](int i) {
-            kernel.merge(args, plan, partial.data(), n_rows*i/n_threads, n_rows*(i + 1)/n_threads);
-        });
-    }
 }

@@ -1,6 +1,8 @@
 #include "cache/mover.h"
 
-#include "graph/fused.h"
+#include "cpu/host.h"
+#include "cpu/isa.h"
+#include "formats/formats.h"
 
 #include "llama-impl.h"
 
@@ -16,9 +18,13 @@ static ggml_backend_dev_t get_dev(const ggml_tensor * t) {
     return dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
+// by the kernels
 static bool is_fused(const llama_kv_mixed_mover::pair & p) {
-    return llama_kv_mixed_is_cpu(p.src) && llama_kv_mixed_is_cpu(p.dst) &&
-        llama_kv_mixed_quantize_supports(p.src->type, p.dst->type, p.src->ne[0], p.n_rot);
+    const auto * from = llama_kv_mixed_find_format(p.src->type);
+    const auto * to   = llama_kv_mixed_find_format(p.dst->type);
+
+    return llama_kv_mixed_is_on_host(p.src) && llama_kv_mixed_is_on_host(p.dst) &&
+        from && to && llama_kv_mixed_can_quantize(*from, *to, p.src->ne[0], p.n_rot);
 }
 
 // per pair: two flattened tensors, the rows, the write, a matrix, the product and two views of what that takes and gives;
@@ -124,7 +130,7 @@ llama_kv_mixed_mover::graph llama_kv_mixed_mover::build(device & dev, uint32_t n
 }
 
 void llama_kv_mixed_mover::quantize(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    static const auto & kernel = *llama_kv_mixed_attn_get_kernel();
+    const auto & isa = *llama_kv_mixed_get_isa();
 
     const auto & pairs = ((const device *) userdata)->pairs_fused;
 
@@ -138,7 +144,7 @@ void llama_kv_mixed_mover::quantize(ggml_tensor * dst, int ith, int nth, void * 
         const auto & p = pairs[i/n_rows];
         const char * src = (const char *) p.src->data + rows_src[i % n_rows]*p.src->nb[1];
         char       * res = (char *)       p.dst->data + rows_dst[i % n_rows]*p.dst->nb[1];
-        kernel.quantize_row(src, p.src->type, res, p.dst->type, p.src->ne[0], p.n_rot);
+        isa.quantize_row(*llama_kv_mixed_find_format(p.src->type), src, *llama_kv_mixed_find_format(p.dst->type), res, p.src->ne[0], p.n_rot);
     }
 }
 

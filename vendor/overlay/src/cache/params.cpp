@@ -1,5 +1,7 @@
 #include "cache/params.h"
 
+#include "formats/formats.h"
+
 #include "llama-impl.h"
 
 #include <algorithm>
@@ -10,16 +12,6 @@
 #include <set>
 #include <sstream>
 #include <stdexcept>
-
-static const ggml_type cache_types[] = {
-    GGML_TYPE_F32,  GGML_TYPE_F16,    GGML_TYPE_BF16,
-    GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,   GGML_TYPE_Q4_1,
-    GGML_TYPE_IQ4_NL, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1,
-};
-
-bool llama_kv_mixed_is_cache_type(int32_t type) {
-    return std::find(std::begin(cache_types), std::end(cache_types), type) != std::end(cache_types);
-}
 
 std::string & llama_kv_mixed_error() {
     static thread_local std::string error;
@@ -40,15 +32,11 @@ static ggml_type parse_type(const std::string & key, const std::string & value) 
     std::string name = value;
     std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
 
-    std::string names;
-    for (const ggml_type type : cache_types) {
-        if (name == ggml_type_name(type)) {
-            return type;
-        }
-        names += (names.empty() ? "" : ", ") + std::string(ggml_type_name(type));
+    if (const auto * type = llama_kv_mixed_find_format(name)) {
+        return type->type;
     }
 
-    throw std::invalid_argument(format("%s=%s is not a KV cache type (%s)", key.c_str(), value.c_str(), names.c_str()));
+    throw std::invalid_argument(format("%s=%s is not a KV cache type (%s)", key.c_str(), value.c_str(), llama_kv_mixed_format_names().c_str()));
 }
 
 static uint32_t parse_count(const std::string & key, const std::string & value) {
@@ -153,7 +141,7 @@ void llama_kv_mixed_validate(const llama_kv_mixed_params & params) {
         throw std::invalid_argument(format("attn=%d is no llama_kv_mixed_attn_type", params.attn));
     }
     for (const int32_t type : { params.type_cold_k, params.type_cold_v }) {
-        if (!llama_kv_mixed_is_cache_type(type)) {
+        if (!llama_kv_mixed_find_format(type)) {
             throw std::invalid_argument(format("the cold type %d is not a KV cache type", type));
         }
     }

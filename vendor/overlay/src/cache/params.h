@@ -9,9 +9,6 @@
 // the parameters of a mixed KV cache, and where they come from
 //
 
-// the types that a KV cache can have (the same list as upstream's command line)
-bool llama_kv_mixed_is_cache_type(int32_t type);
-
 // throws std::invalid_argument with one sentence
 llama_kv_mixed_params llama_kv_mixed_parse_spec(const std::string & spec);
 void                  llama_kv_mixed_validate  (const llama_kv_mixed_params & params);

@@ -1,11 +1,10 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 
 #define KVM_AVX2
-#include "attention/kernel.h"
-#include "formats/quantize.h"
+#include "cpu/kernels.h"
 
-extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_avx2;
+extern const llama_kv_mixed_isa llama_kv_mixed_isa_avx2;
 
-const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_avx2 = { "avx2", attn_task, attn_merge, quantize_row };
+const llama_kv_mixed_isa llama_kv_mixed_isa_avx2 = make_isa("avx2");
 
 #endif

@@ -1,11 +1,10 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 
 #define KVM_AVX512
-#include "attention/kernel.h"
-#include "formats/quantize.h"
+#include "cpu/kernels.h"
 
-extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_avx512;
+extern const llama_kv_mixed_isa llama_kv_mixed_isa_avx512;
 
-const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_avx512 = { "avx512", attn_task, attn_merge, quantize_row };
+const llama_kv_mixed_isa llama_kv_mixed_isa_avx512 = make_isa("avx512");
 
 #endif

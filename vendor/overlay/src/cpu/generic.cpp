@@ -1,6 +1,5 @@
-#include "attention/kernel.h"
-#include "formats/quantize.h"
+#include "cpu/kernels.h"
 
-extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_generic;
+extern const llama_kv_mixed_isa llama_kv_mixed_isa_generic;
 
-const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_generic = { "generic", attn_task, attn_merge, quantize_row };
+const llama_kv_mixed_isa llama_kv_mixed_isa_generic = make_isa("generic");

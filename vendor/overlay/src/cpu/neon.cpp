@@ -1,11 +1,10 @@
 #if defined(__aarch64__)
 
 #define KVM_NEON
-#include "attention/kernel.h"
-#include "formats/quantize.h"
+#include "cpu/kernels.h"
 
-extern const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_neon;
+extern const llama_kv_mixed_isa llama_kv_mixed_isa_neon;
 
-const llama_kv_mixed_attn_kernel llama_kv_mixed_attn_neon = { "neon", attn_task, attn_merge, quantize_row };
+const llama_kv_mixed_isa llama_kv_mixed_isa_neon = make_isa("neon");
 
 #endif

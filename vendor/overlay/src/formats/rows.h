@@ -1,49 +1,15 @@
-// Rows of a KV cache as vectors, and what is done to them before they are quantised.
+// Blocks of values as vectors, and their rotation.
 
 #pragma once
 
 #include "cpu/simd.h"
+#include "formats/format.h"
 
 namespace {
 
-constexpr int BLOCK   = 32; // elements of a quantised block
-constexpr int SIZE_Q4 = 18; // bytes of a block: scale, 16 bytes; byte i has elements i (low nibble) and i + 16
-constexpr int SIZE_Q8 = 34; // scale, 32 bytes
+constexpr int BLOCK = LLAMA_KV_MIXED_BLOCK;
 
-//
-// rows as floats: BLOCK elements at a time, in V_BLOCK vectors
-//
-
-constexpr int V_BLOCK = BLOCK/V_LEN;
-
-// load(): vector i of block b, without the block's scale
-
-struct row_f32 {
-    static constexpr bool scaled = false;
-    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load((const float *) row + b*BLOCK + i*V_LEN); }
-};
-
-struct row_f16 {
-    static constexpr bool scaled = false;
-    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_f16(row + 2*(b*BLOCK + i*V_LEN)); }
-};
-
-struct row_bf16 {
-    static constexpr bool scaled = false;
-    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_bf16(row + 2*(b*BLOCK + i*V_LEN)); }
-};
-
-struct row_q8_0 {
-    static constexpr bool scaled = true;
-    static constexpr int  size   = SIZE_Q8;
-    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_i8(row + b*size + 2 + i*V_LEN); }
-};
-
-struct row_q4_0 {
-    static constexpr bool scaled = true;
-    static constexpr int  size   = SIZE_Q4;
-    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_i4(row + b*size + 2, i); }
-};
+constexpr int V_BLOCK = BLOCK/V_LEN; // vectors of a block
 
 // the vectors of a block of BLOCK values at x
 struct block_f32 {
@@ -67,6 +33,11 @@ KVM_UNROLL
         return v_hmax(res);
     }
 };
+
+V_INLINE void store_scale(uint8_t * dst, float d) {
+    const ggml_fp16_t x = ggml_fp32_to_fp16(d);
+    memcpy(dst, &x, sizeof(x));
+}
 
 //
 // rotation

@@ -1,22 +1,14 @@
 #include "graph/fused.h"
 
-#include "ggml-backend.h"
+#include "cpu/host.h"
 
 #include <algorithm>
-
-bool llama_kv_mixed_is_cpu(const ggml_tensor * t) {
-    if (!t->buffer || !ggml_backend_buffer_is_host(t->buffer)) {
-        return false;
-    }
-    const auto dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
-    return !dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
-}
 
 const char * llama_kv_mixed_fused_reason(const ggml_tensor * k_hot, const ggml_tensor * k_cold, int64_t n_embd_k, int64_t n_embd_v, int64_t n_gqa) {
     if (!llama_kv_mixed_attn_supports(n_embd_k, n_embd_v, n_gqa)) {
         return "the heads are too large, or too many share a KV head";
     }
-    if (!llama_kv_mixed_is_cpu(k_hot) || !llama_kv_mixed_is_cpu(k_cold)) {
+    if (!llama_kv_mixed_is_on_host(k_hot) || !llama_kv_mixed_is_on_host(k_cold)) {
         return "the cache is not in the CPU's memory";
     }
     return nullptr;
@@ -52,7 +44,7 @@ ggml_tensor * llama_kv_mixed_fused::build(
 
     node & n = nodes.emplace_back();
 
-    n.kernel    = llama_kv_mixed_attn_get_kernel();
+    n.isa       = llama_kv_mixed_get_isa();
     n.has_cold  = inputs.k_cold != nullptr;
     n.has_sinks = inputs.sinks  != nullptr;
     n.n_slot    = std::max(n_threads, 1);
@@ -96,7 +88,7 @@ ggml_tensor * llama_kv_mixed_fused::build(
     const int64_t n_out     = a.n_embd_v*a.n_head*a.n_tokens*n_stream;
     const int64_t n_partial = n.plan.n_partials();
 
-    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_out + n_partial + n.n_slot*(int64_t) n.plan.n_scratch, 1, 1, 1,
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_out + n_partial + n.n_slot*(int64_t) n.plan.n_scratch(), 1, 1, 1,
         args, n_args, compute, GGML_N_TASKS_MAX, &n);
 
     if (n_partial > 0) {
@@ -148,9 +140,9 @@ void llama_kv_mixed_fused::compute(ggml_tensor * dst, int ith, int nth, void * u
     a.dst = (float *) dst->data;
 
     float * partial = a.dst + a.n_embd_v*a.n_head*a.n_tokens*a.n_stream;
-    float * scratch = partial + n.plan.n_partials() + ith*n.plan.n_scratch;
+    float * scratch = partial + n.plan.n_partials() + ith*n.plan.n_scratch();
 
-    llama_kv_mixed_attn_run(*n.kernel, a, n.plan, n.next, partial, scratch, std::min(nth, n.n_slot));
+    llama_kv_mixed_attn_run(*n.isa, a, n.plan, n.next, partial, scratch, std::min(nth, n.n_slot));
 }
 
 void llama_kv_mixed_fused::merge(ggml_tensor * dst, int ith, int nth, void * userdata) {
@@ -164,5 +156,5 @@ void llama_kv_mixed_fused::merge(ggml_tensor * dst, int ith, int nth, void * use
 
     const int64_t n_rows = a.n_head*a.n_tokens*a.n_stream;
 
-    n.kernel->merge(a, n.plan, (const float *) dst->src[0]->data + a.n_embd_v*n_rows, n_rows*ith/nth, n_rows*(ith + 1)/nth);
+    n.isa->attn_merge(a, n.plan, (const float *) dst->src[0]->data + a.n_embd_v*n_rows, n_rows*ith/nth, n_rows*(ith + 1)/nth);
 }

@@ -12,9 +12,6 @@
 // the fused kernel as nodes of a compute graph
 //
 
-// whether the CPU computes on these rows where they are
-bool llama_kv_mixed_is_cpu(const ggml_tensor * t);
-
 // why the kernel can not compute the attention of a cache with these rows of a layer, null: it can
 const char * llama_kv_mixed_fused_reason(const ggml_tensor * k_hot, const ggml_tensor * k_cold, int64_t n_embd_k, int64_t n_embd_v, int64_t n_gqa);
 
@@ -43,7 +40,7 @@ public:
 
 private:
     struct node {
-        const llama_kv_mixed_attn_kernel * kernel;
+        const llama_kv_mixed_isa * isa;
         llama_kv_mixed_attn_args args; // without the pointers
         llama_kv_mixed_attn_plan plan;
 

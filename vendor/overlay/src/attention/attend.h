@@ -1,0 +1,177 @@
+// A tile of cells and the query rows of a task.
+
+#pragma once
+
+#include "attention/gemm.h"
+#include "attention/softmax.h"
+#include "attention/workspace.h"
+#include "formats/table.h"
+
+namespace {
+
+// query rows that share a tile's scores while these are in the first cache level
+constexpr int ROWS = LLAMA_KV_MIXED_ATTN_ROWS;
+
+static_assert(V_LEN <= LLAMA_KV_MIXED_MAX_LANES, "the plan leaves room for a sum per lane");
+
+// a thread's scratch memory, for one of the KV heads of a task: see llama_kv_mixed_attn_layout
+struct workspace {
+    int32_t * kept;
+    float   * Q;
+    void    * query;
+    float   * O;
+    float   * m;
+    float   * s;
+    float   * slope;
+    // for all heads
+    float   * pmax;
+    float   * S;
+    float   * mask;
+    float   * K;
+    float   * KT;
+    float   * V;
+};
+
+// part: which queries there are, those of a KV head, block and stream; h: the KV head's number in the task
+V_INLINE workspace get_workspace(const attn_plan & p, float * scratch, int64_t part, int64_t h) {
+    const auto & l = p.layout;
+
+    workspace w;
+    w.kept  = (int32_t *) l.kept.get(scratch, part % p.n_query);
+    w.Q     = l.Q    .get(scratch, part % p.n_query);
+    w.query = l.query.get(scratch, part % p.n_query);
+    w.O     = l.O    .get(scratch, h);
+    w.m     = l.m    .get(scratch, h);
+    w.s     = l.s    .get(scratch, h);
+    w.slope = l.slope.get(scratch, h);
+    w.pmax  = l.pmax .get(scratch);
+    w.S     = l.S    .get(scratch);
+    w.mask  = l.mask .get(scratch);
+    w.K     = l.K    .get(scratch);
+    w.KT    = l.KT   .get(scratch);
+    w.V     = l.V    .get(scratch);
+    return w;
+}
+
+const llama_kv_mixed_format & get_format(int32_t type) {
+    for (const auto & format : formats) {
+        if (format.type == type) {
+            return format;
+        }
+    }
+    GGML_ABORT("rows of type %d have no format", type);
+}
+
+// rows as floats, padded with zeros to whole blocks
+void expand(const llama_kv_mixed_format & format, const tile & t, int64_t n_embd, float * dst, int64_t ld) {
+    if (format.expand && n_embd % BLOCK == 0) {
+        format.expand(t, dst, ld);
+        return;
+    }
+    const auto to_float = ggml_get_type_traits(format.type)->to_float;
+    ahead next(t, 1);
+    for (int j = 0; j < t.n; ++j) {
+        const uint8_t * x = t.data + j*t.nb;
+        next.visit(1);
+        if (to_float) {
+            to_float(x, dst + j*ld, n_embd);
+        } else {
+            memcpy(dst + j*ld, x, n_embd*sizeof(float));
+        }
+        memset(dst + j*ld + n_embd, 0, (ld - n_embd)*sizeof(float));
+    }
+}
+
+// a tile that has been expanded
+V_INLINE tile as_floats(const tile & t, const float * data, int64_t ld) {
+    return { { (const uint8_t *) data, ld*sizeof(float), 0 }, t.n, ld/BLOCK, {} };
+}
+
+// the rows of a segment's tile, and their formats
+struct kv_tile {
+    const llama_kv_mixed_format & format_k;
+    const llama_kv_mixed_format & format_v;
+    tile k;
+    tile v;
+};
+
+// few query rows
+void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows, int64_t n_tokens, const kv_tile & kv, const mask_kind * kind) {
+    const tile & k = kv.k;
+    const tile & v = kv.v;
+
+    llama_kv_mixed_dot dot = { n_rows, a.n_embd_k, w.Q, p.ld_k, w.query, k, (uint8_t *) w.K, w.S };
+    if (kv.format_k.dot && a.n_embd_k % BLOCK == 0) {
+        kv.format_k.dot(dot);
+    } else {
+        expand(kv.format_k, k, a.n_embd_k, w.K, p.ld_k);
+        dot.k = as_floats(k, w.K, p.ld_k);
+        format_f32.dot(dot);
+    }
+
+    bool masked = false;
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        masked |= kind[t] != MASK_NONE;
+    }
+
+    for (int64_t r = 0; r < n_rows; ++r) {
+        const int64_t t = r/p.n_gqa;
+        w.pmax[r] = softmax_row(w.S + r*TILE, k.n, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, w.slope[r % p.n_gqa],
+            a.logit_softcap, w.O + r*p.ld_v, p.ld_v, w.m[r], w.s + r*V_LEN);
+    }
+
+    llama_kv_mixed_acc acc = { n_rows, w.S, w.pmax, masked, v, w.O, p.ld_v };
+    if (kv.format_v.acc && a.n_embd_v % BLOCK == 0) {
+        kv.format_v.acc(acc);
+    } else {
+        expand(kv.format_v, v, a.n_embd_v, w.V, p.ld_v);
+        acc.v = as_floats(v, w.V, p.ld_v);
+        format_f32.acc(acc);
+    }
+}
+
+// many query rows
+void attend_gemm(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows, int64_t n_tokens, const kv_tile & kv, const mask_kind * kind) {
+    const tile & k = kv.k;
+    const tile & v = kv.v;
+
+    // cells behind the last one: finite, and masked
+    expand(kv.format_k, k, a.n_embd_k, w.K, p.ld_k);
+    memset(w.K + k.n*p.ld_k, 0, (TILE - k.n)*p.ld_k*sizeof(float));
+    transpose(w.K, p.ld_k, p.ld_k, w.KT);
+
+    expand(kv.format_v, v, a.n_embd_v, w.V, p.ld_v);
+    memset(w.V + v.n*p.ld_v, 0, (TILE - v.n)*p.ld_v*sizeof(float));
+
+    const int64_t step = ROWS >= p.n_gqa ? ROWS/p.n_gqa : 1; // tokens
+
+    for (int64_t t0 = 0; t0 < n_tokens; t0 += step) {
+        const int64_t t1 = t0 + step < n_tokens ? t0 + step : n_tokens;
+
+        bool all = true;
+        for (int64_t t = t0; t < t1; ++t) {
+            all &= kind[t] == MASK_ALL;
+        }
+        if (all) {
+            continue;
+        }
+
+        const int64_t r1 = t1*p.n_gqa < n_rows ? t1*p.n_gqa : n_rows;
+        for (int64_t r0 = t0*p.n_gqa; r0 < r1; r0 += ROWS) {
+            const int64_t n = r1 - r0 < ROWS ? r1 - r0 : ROWS;
+
+            gemm<false>(n, TILE, p.ld_k, w.Q + r0*p.ld_k, p.ld_k, w.KT, TILE, w.S, TILE);
+
+            for (int64_t i = 0; i < n; ++i) {
+                const int64_t r = r0 + i;
+                const int64_t t = r/p.n_gqa;
+                softmax_row(w.S + i*TILE, k.n, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, w.slope[r % p.n_gqa],
+                    a.logit_softcap, w.O + r*p.ld_v, p.ld_v, w.m[r], w.s + r*V_LEN);
+            }
+
+            gemm<true>(n, p.ld_v, TILE, w.S, TILE, w.V, p.ld_v, w.O + r0*p.ld_v, p.ld_v);
+        }
+    }
+}
+
+} // namespace

@@ -1,0 +1,57 @@
+#include "attention/attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+void llama_kv_mixed_attn_run(
+    const llama_kv_mixed_isa & isa,
+      const llama_kv_mixed_attn_args & args,
+      const llama_kv_mixed_attn_plan & plan,
+                std::atomic<int64_t> & next,
+                               float * partial,
+                               float * scratch,
+                                   int n_threads) {
+    // no queries are kept yet
+    for (int64_t i = 0; i < plan.n_query; ++i) {
+        memset(plan.layout.kept.get(scratch, i), 0xFF, sizeof(float));
+    }
+
+    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+
+    for (int64_t task = take(); task < plan.n_task; task = take()) {
+        // most likely the others will take one each before this is done
+        isa.attn_task(args, plan, task, std::min(task + n_threads, plan.n_task), partial, scratch);
+    }
+}
+
+void llama_kv_mixed_attn_compute(const llama_kv_mixed_isa & isa, const llama_kv_mixed_attn_args & args, int n_threads) {
+    const auto plan = llama_kv_mixed_attn_make_plan(args);
+
+    std::vector<float> partial(plan.n_partials());
+    std::vector<float> scratch(plan.n_scratch()*n_threads);
+
+    const auto run = [&](const auto & work) {
+        std::vector<std::thread> threads;
+        for (int i = 1; i < n_threads; ++i) {
+            threads.emplace_back(work, i);
+        }
+        work(0);
+        for (auto & thread : threads) {
+            thread.join();
+        }
+    };
+
+    std::atomic<int64_t> next = 0;
+    run([&](int i) {
+        llama_kv_mixed_attn_run(isa, args, plan, next, partial.data(), scratch.data() + i*plan.n_scratch(), n_threads);
+    });
+
+    if (plan.n_partial > 0) {
+        const int64_t n_rows = args.n_stream*args.n_tokens*args.n_head;
+        run([&](int i) {
+            isa.attn_merge(args, plan, partial.data(), n_rows*i/n_threads, n_rows*(i + 1)/n_threads);
+        });
+    }
+}

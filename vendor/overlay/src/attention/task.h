@@ -1,0 +1,256 @@
+// A task of attention, and the merge of what tasks leave.
+
+#pragma once
+
+#include "attention/attend.h"
+
+namespace {
+
+// a row's output from its sum of weighted V rows, and the attention sink's share of the weights
+V_INLINE void finish_row(const attn_args & a, int64_t head, const float * O, float m, float s, float * dst) {
+    float c = 1.0f;
+    if (a.sinks) {
+        const float sink = a.sinks[head];
+        if (sink > m) {
+            c = m == -INFINITY ? 0.0f : exp_1(m - sink);
+            s = s*c + 1.0f;
+        } else {
+            s += exp_1(sink - m);
+        }
+    }
+    // a token that sees no cell at all: 0
+    c = s > 0.0f ? c/s : 0.0f;
+    for (int64_t i = 0; i < a.n_embd_v; ++i) {
+        dst[i] = O[i]*c;
+    }
+}
+
+// the query rows of a task, scaled, as they meet a segment
+void load_query(const attn_args & a, const attn_plan & p, const workspace & w, int64_t ikv, int64_t stream, int64_t token0,
+        int64_t n_rows, int i_seg) {
+    const auto & format = get_format(a.seg[i_seg].type_k);
+
+    // ggml divides the scale, then multiplies what tanh gives
+    const float scale = a.logit_softcap != 0.0f ? a.scale/a.logit_softcap : a.scale;
+
+    for (int64_t r = 0; r < n_rows; ++r) {
+        const int64_t head = ikv*p.n_gqa + r % p.n_gqa;
+        const float * q = (const float *) ((const uint8_t *) a.q
+            + head*a.nb_q[0] + (token0 + r/p.n_gqa)*a.nb_q[1] + stream*a.nb_q[2]);
+        float * dst = w.Q + r*p.ld_k;
+        for (int64_t i = 0; i < a.n_embd_k; ++i) {
+            dst[i] = q[i]*scale;
+        }
+        memset(dst + a.n_embd_k, 0, (p.ld_k - a.n_embd_k)*sizeof(float));
+        if (i_seg == 0 && a.n_rot_k > 0) {
+            rotate(dst, a.n_embd_k, a.n_rot_k);
+        }
+        if (format.load_query && !p.gemm) {
+            format.load_query(dst, a.n_embd_k, w.query, r, n_rows);
+        }
+    }
+}
+
+// the sums of rows of the first segment, which are rotated as these are
+void rotate_back(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows) {
+    for (int64_t r = 0; a.n_rot_v > 0 && r < n_rows; ++r) {
+        rotate(w.O + r*p.ld_v, a.n_embd_v, a.n_rot_v);
+    }
+}
+
+// chunks that lie in the first segment as a whole
+V_INLINE int64_t first_segment_chunks(const attn_args & a, const attn_plan & p) {
+    return (a.seg[0].n_kv + TILE - 1)/TILE/p.n_tile;
+}
+
+// what a task is about
+struct place {
+    int64_t ikv, chunk, block, stream; // ikv: the first of its KV heads
+
+    // heads next to each other read cells next to each other
+    V_INLINE place(const attn_args & a, const attn_plan & p, int64_t task) :
+        ikv   (task*p.n_hpt % a.n_head_kv),
+        chunk (task*p.n_hpt / a.n_head_kv % p.n_chunk),
+        block (task*p.n_hpt / a.n_head_kv / p.n_chunk % p.n_block),
+        stream(task*p.n_hpt / a.n_head_kv / p.n_chunk / p.n_block) {}
+};
+
+void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t task_next, float * partial, float * scratch) {
+    const auto [ikv0, chunk, block, stream] = place(a, p, task);
+    const place after(a, p, task_next);
+
+    const int64_t token0   = block*p.n_tpb;
+    const int64_t n_tokens = a.n_tokens - token0 < p.n_tpb ? a.n_tokens - token0 : p.n_tpb;
+    const int64_t n_rows   = n_tokens*p.n_gqa;
+
+    const int64_t part0 = (stream*p.n_block + block)*a.n_head_kv + ikv0;
+
+    const auto workspace_of = [&](int64_t h) { return get_workspace(p, scratch, part0 + h, h); };
+
+    for (int64_t h = 0; h < p.n_hpt; ++h) {
+        const workspace w = workspace_of(h);
+        for (int64_t r = 0; r < n_rows; ++r) {
+            w.m[r] = -INFINITY;
+            v_store(w.s + r*V_LEN, v_zero());
+        }
+        memset(w.O, 0, n_rows*p.ld_v*sizeof(float));
+        for (int64_t g = 0; g < p.n_gqa; ++g) {
+            w.slope[g] = alibi_slope(a, (ikv0 + h)*p.n_gqa + g);
+        }
+    }
+
+    // the chunk's tiles; none lies in both segments
+    const int64_t n_tile[2] = { (a.seg[0].n_kv + TILE - 1)/TILE, (a.seg[1].n_kv + TILE - 1)/TILE };
+
+    const int64_t begin = chunk*p.n_tile;
+    const int64_t end   = begin + p.n_tile < n_tile[0] + n_tile[1] ? begin + p.n_tile : n_tile[0] + n_tile[1];
+
+    const auto locate = [&](int64_t t, int64_t head_kv, int64_t i_stream, bool is_v) {
+        const int i = t >= n_tile[0];
+        const auto & seg = a.seg[i];
+        const size_t * nb = is_v ? seg.nb_v : seg.nb_k;
+        return rows {
+            (const uint8_t *) (is_v ? seg.v : seg.k) + head_kv*nb[0] + (t - (i ? n_tile[0] : 0))*TILE*nb[1] + i_stream*nb[2], nb[1],
+            (int64_t) p.row_size[i][is_v],
+        };
+    };
+
+    // What is fetched while head h of a tile is worked on: its rows of the next tile. Those of all heads lie side by side and
+    // share cache lines: then each one fetches as much of them.
+    const auto locate_next = [&](int64_t it, int64_t h, bool is_v) {
+        const bool last = it + 1 == end;
+        if (last && task_next >= p.n_task) {
+            return rows {};
+        }
+        const int64_t t = last ? after.chunk*p.n_tile : it + 1;
+        rows res = locate(t, (last ? after.ikv : ikv0) + h, last ? after.stream : stream, is_v);
+        const auto & seg = a.seg[t >= n_tile[0]];
+        const size_t nb_head = (is_v ? seg.nb_v : seg.nb_k)[0];
+        if (p.n_hpt == a.n_head_kv && nb_head*p.n_hpt <= res.nb) {
+            res.nb      = (res.nb + p.n_hpt - 1)/p.n_hpt;
+            res.data   += h*(TILE*res.nb - nb_head);
+            res.n_bytes = res.nb;
+        }
+        return res;
+    };
+
+    float * mask = workspace_of(0).mask;
+    mask_kind kind[LLAMA_KV_MIXED_ATTN_MAX_ROWS];
+
+    int i_seg = -1;
+
+    for (int64_t it = begin; it < end; ++it) {
+        const int i = it >= n_tile[0];
+        const auto & seg = a.seg[i];
+
+        for (int64_t h = 0; i != i_seg && h < p.n_hpt; ++h) {
+            const workspace w = workspace_of(h);
+            if (i_seg == 0) {
+                rotate_back(a, p, w, n_rows);
+            }
+            const int32_t query = (int32_t) (2*(part0 + h) + i);
+            if (*w.kept != query) {
+                load_query(a, p, w, ikv0 + h, stream, token0, n_rows, i);
+                *w.kept = query;
+            }
+        }
+        i_seg = i;
+
+        const int64_t cell = (it - (i ? n_tile[0] : 0))*TILE;
+        const int64_t col  = cell + (i ? a.seg[0].n_kv : 0); // of the mask
+        const int n = (int) (seg.n_kv - cell < TILE ? seg.n_kv - cell : TILE);
+
+        int n_seen = 0; // cells behind these are hidden from all
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            kind[t] = load_mask(a, stream, token0 + t, col, n, mask + t*TILE);
+            n_seen = count_seen(kind[t], n, mask + t*TILE, n_seen);
+        }
+        if (n_seen == 0) {
+            continue;
+        }
+
+        for (int64_t h = 0; h < p.n_hpt; ++h) {
+            const auto get_tile = [&](bool is_v) {
+                const int64_t n_block = ((is_v ? a.n_embd_v : a.n_embd_k) + BLOCK - 1)/BLOCK;
+                return tile { locate(it, ikv0 + h, stream, is_v), n_seen, n_block, locate_next(it, h, is_v) };
+            };
+
+            (p.gemm ? attend_gemm : attend)(a, p, workspace_of(h), n_rows, n_tokens,
+                { get_format(seg.type_k), get_format(seg.type_v), get_tile(false), get_tile(true) }, kind);
+        }
+    }
+
+    for (int64_t h = 0; h < p.n_hpt; ++h) {
+        const workspace w = workspace_of(h);
+
+        // where whole chunks are of rotated rows, that waits for the merge
+        if (i_seg == 0 && (p.n_partial == 0 || chunk >= first_segment_chunks(a, p))) {
+            rotate_back(a, p, w, n_rows);
+        }
+
+        if (p.n_partial > 0) {
+            float * dst = partial + (task*p.n_hpt + h)*p.n_partial;
+            memcpy(dst, w.O, n_rows*p.ld_v*sizeof(float));
+            memcpy(dst + p.n_rows*p.ld_v, w.m, n_rows*sizeof(float));
+            for (int64_t r = 0; r < n_rows; ++r) {
+                dst[p.n_rows*p.ld_v + p.n_rows + r] = v_hsum(v_load(w.s + r*V_LEN));
+            }
+            continue;
+        }
+
+        for (int64_t r = 0; r < n_rows; ++r) {
+            const int64_t head = (ikv0 + h)*p.n_gqa + r % p.n_gqa;
+            float * dst = a.dst + ((stream*a.n_tokens + token0 + r/p.n_gqa)*a.n_head + head)*a.n_embd_v;
+            finish_row(a, head, w.O + r*p.ld_v, w.m[r], v_hsum(v_load(w.s + r*V_LEN)), dst);
+        }
+    }
+}
+
+void attn_merge(const attn_args & a, const attn_plan & p, const float * partial, int64_t row0, int64_t row1) {
+    const int64_t n_rotated = a.n_rot_v > 0 ? first_segment_chunks(a, p) : 0;
+
+    for (int64_t row = row0; row < row1; ++row) {
+        const int64_t head   = row % a.n_head;
+        const int64_t token  = row / a.n_head % a.n_tokens;
+        const int64_t stream = row / a.n_head / a.n_tokens;
+
+        const int64_t block = token/p.n_tpb;
+        const int64_t r     = token % p.n_tpb*p.n_gqa + head % p.n_gqa;
+
+        // partial results of the row, chunk by chunk
+        const float * x = partial + ((stream*p.n_block + block)*p.n_chunk*a.n_head_kv + head/p.n_gqa)*p.n_partial;
+        const int64_t step = a.n_head_kv*p.n_partial;
+
+        float m = -INFINITY;
+        for (int64_t c = 0; c < p.n_chunk; ++c) {
+            const float y = x[c*step + p.n_rows*p.ld_v + r];
+            m = y > m ? y : m;
+        }
+
+        float O[LLAMA_KV_MIXED_MAX_EMBD] = {};
+        float s = 0.0f;
+        for (int64_t c = 0; c < p.n_chunk; ++c) {
+            if (c == n_rotated && c > 0) {
+                rotate(O, a.n_embd_v, a.n_rot_v);
+            }
+            const float * y = x + c*step;
+            const float s_c = y[p.n_rows*p.ld_v + p.n_rows + r];
+            if (s_c == 0.0f) {
+                continue;
+            }
+            const float e = exp_1(y[p.n_rows*p.ld_v + r] - m);
+            s += e*s_c;
+            for (int64_t i = 0; i < p.ld_v; i += V_LEN) {
+                v_store(O + i, v_fma(v_set(e), v_load(y + r*p.ld_v + i), v_load(O + i)));
+            }
+        }
+
+        if (n_rotated == p.n_chunk) {
+            rotate(O, a.n_embd_v, a.n_rot_v);
+        }
+
+        finish_row(a, head, O, m, s, a.dst + row*a.n_embd_v);
+    }
+}
+
+} // namespace

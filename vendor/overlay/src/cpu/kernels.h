@@ -1,0 +1,17 @@
+// All that is compiled for an instruction set. Nothing from the standard library is instantiated here: the linker could take
+// such code for the whole program, and it would run where it can not.
+
+#pragma once
+
+#include "attention/task.h"
+#include "cpu/isa.h"
+#include "formats/quantize.h"
+#include "formats/table.h"
+
+namespace {
+
+constexpr llama_kv_mixed_isa make_isa(const char * name) {
+    return { name, formats, sizeof(formats)/sizeof(formats[0]), quantize_row, attn_task, attn_merge };
+}
+
+} // namespace

@@ -1,0 +1,151 @@
+// Vectors of AVX2 with FMA and F16C.
+
+#pragma once
+
+#include <immintrin.h>
+
+namespace {
+
+constexpr int V_LEN = 8;
+constexpr int V_ROWS_DOT  = 3;
+constexpr int V_ROWS_ACC  = 3;
+constexpr int V_GEMM_ROWS = 6;
+constexpr int V_GEMM_VECS = 2;
+
+using vf = __m256;
+using vi = __m256i;
+using va = __m256i;
+
+V_INLINE vf v_zero() { return _mm256_setzero_ps(); }
+V_INLINE vf v_set(float x) { return _mm256_set1_ps(x); }
+V_INLINE vf v_load(const float * p) { return _mm256_loadu_ps(p); }
+V_INLINE void v_store(float * p, vf x) { _mm256_storeu_ps(p, x); }
+V_INLINE vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+V_INLINE vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+V_INLINE vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+V_INLINE vf v_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+V_INLINE vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+V_INLINE vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+V_INLINE vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+V_INLINE float v_hsum(vf x) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+V_INLINE float v_hmax(vf x) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+V_INLINE vf v_round(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+V_INLINE vf v_ldexp(vf x, vf n) {
+    const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_and_ps(_mm256_mul_ps(x, _mm256_castsi256_ps(e)), _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_GE_OQ));
+}
+
+V_INLINE void v_hsum4(float * dst, vf a, vf b, vf c, vf d) {
+    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(dst, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+
+V_INLINE vf v_load_f16(const uint8_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
+V_INLINE vf v_load_bf16(const uint8_t * p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16));
+}
+V_INLINE vf v_load_i8(const uint8_t * p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p))); }
+
+V_INLINE vf v_load_i4(const uint8_t * p, int i) {
+    const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) (p + 8*(i & 1))));
+    const __m256i u = i < 2 ? _mm256_and_si256(x, _mm256_set1_epi32(15)) : _mm256_srli_epi32(x, 4);
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(u, _mm256_set1_epi32(8)));
+}
+
+V_INLINE void v_transpose4(const uint8_t * p, size_t nb, vi res[4]) {
+    __m256i r[4];
+    for (int i = 0; i < 4; ++i) {
+        const uint8_t * row = p + i*nb;
+        r[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(
+            _mm_loadu_si128((const __m128i *) row)), _mm_loadu_si128((const __m128i *) (row + 4*nb)), 1);
+    }
+    const __m256i a = _mm256_unpacklo_epi32(r[0], r[1]);
+    const __m256i b = _mm256_unpackhi_epi32(r[0], r[1]);
+    const __m256i c = _mm256_unpacklo_epi32(r[2], r[3]);
+    const __m256i d = _mm256_unpackhi_epi32(r[2], r[3]);
+    res[0] = _mm256_unpacklo_epi64(a, c);
+    res[1] = _mm256_unpackhi_epi64(a, c);
+    res[2] = _mm256_unpacklo_epi64(b, d);
+    res[3] = _mm256_unpackhi_epi64(b, d);
+}
+
+V_INLINE vf v_from_bits(vi x) { return _mm256_castsi256_ps(x); }
+V_INLINE vf v_f16_lo(vi x) {
+    x = _mm256_and_si256(x, _mm256_set1_epi32(0xFFFF));
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+}
+V_INLINE vf v_f16_hi(vi x) { return v_f16_lo(_mm256_srli_epi32(x, 16)); }
+V_INLINE vi v_nibble_lo(vi x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+V_INLINE vi v_nibble_hi(vi x) { return _mm256_and_si256(_mm256_srli_epi32(x, 4), _mm256_set1_epi8(15)); }
+
+// Sums of 16 bits: up to 16 products of [0, 15] and [-127, 127] each, |sum| <= 30480.
+constexpr int V_DOT_SUMS = 1;
+V_INLINE va v_dot_zero() { return _mm256_setzero_si256(); }
+V_INLINE va v_dot_add(va a, va b) { return _mm256_add_epi16(a, b); }
+V_INLINE va v_dot(va acc, vi u, int32_t s) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, _mm256_set1_epi32(s))); }
+V_INLINE vf v_dot_sum(va acc, int32_t x) {
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(acc, _mm256_set1_epi16(1)), _mm256_set1_epi32(x)));
+}
+
+V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
+    const __m256i low = _mm256_set1_epi16(15);
+    for (int i = 0; i < 2; ++i) {
+        const __m128i a = _mm_loadu_si128((const __m128i *) (p + 2*i*nb));
+        const __m128i b = _mm_loadu_si128((const __m128i *) (p + 2*i*nb + nb));
+        const __m256i lo = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(a, b));
+        const __m256i hi = _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(a, b));
+        res[4*i + 0] = _mm256_and_si256(lo, low);
+        res[4*i + 1] = _mm256_and_si256(hi, low);
+        res[4*i + 2] = _mm256_srli_epi16(lo, 4);
+        res[4*i + 3] = _mm256_srli_epi16(hi, 4);
+    }
+}
+
+V_INLINE vi v_dot16(vi acc, vi x, int32_t w) { return _mm256_add_epi32(acc, _mm256_madd_epi16(x, _mm256_set1_epi32(w))); }
+V_INLINE vi v_izero() { return _mm256_setzero_si256(); }
+V_INLINE vi v_iset(int32_t x) { return _mm256_set1_epi32(x); }
+V_INLINE vf v_from_int(vi x) { return _mm256_cvtepi32_ps(x); }
+V_INLINE vi v_to_int(vf x) { return _mm256_cvtps_epi32(x); }
+V_INLINE vi v_iadd(vi a, vi b) { return _mm256_add_epi32(a, b); }
+V_INLINE int32_t v_ihsum(vi x) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+V_INLINE __m128i pack_i16(vi x) { return _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)); }
+V_INLINE vi v_iload(const void * p) { return _mm256_loadu_si256((const __m256i *) p); }
+V_INLINE void v_istore(void * p, vi x) { _mm256_storeu_si256((__m256i *) p, x); }
+V_INLINE vi v_to_i16(vf a, vf b) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(v_to_int(a), v_to_int(b)), 0xD8); }
+V_INLINE vi v_mulhrs16(vi a, vi b) { return _mm256_mulhrs_epi16(a, b); }
+V_INLINE void v_store_i8(int8_t * p, vi x) { _mm_storel_epi64((__m128i *) p, _mm_packs_epi16(pack_i16(x), pack_i16(x))); }
+V_INLINE vf v_abs(vf x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+V_INLINE vi v_to_int_trunc(vf x) { return _mm256_cvttps_epi32(x); }
+
+V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
+    const __m256i a = _mm256_or_si256(x[0], _mm256_slli_epi32(x[2], 4));
+    const __m256i b = _mm256_or_si256(x[1], _mm256_slli_epi32(x[3], 4));
+    const __m256i y = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xD8);
+    _mm_storeu_si128((__m128i *) p, _mm_packus_epi16(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1)));
+}
+
+V_INLINE vf v_hadamard(vf x) {
+    vf a = _mm256_moveldup_ps(x);
+    vf b = _mm256_movehdup_ps(x);
+    x = _mm256_blend_ps(_mm256_add_ps(a, b), _mm256_sub_ps(a, b), 0xAA);
+    a = _mm256_permute_ps(x, 0x44);
+    b = _mm256_permute_ps(x, 0xEE);
+    x = _mm256_blend_ps(_mm256_add_ps(a, b), _mm256_sub_ps(a, b), 0xCC);
+    a = _mm256_permute2f128_ps(x, x, 0x00);
+    b = _mm256_permute2f128_ps(x, x, 0x11);
+    return _mm256_blend_ps(_mm256_add_ps(a, b), _mm256_sub_ps(a, b), 0xF0);
+}
+
+} // namespace

@@ -1,0 +1,173 @@
+// Vectors of AVX-512 (F, BW, DQ, VL, VNNI, VBMI).
+
+#pragma once
+
+#include <immintrin.h>
+
+namespace {
+
+constexpr int V_LEN = 16;
+constexpr int V_ROWS_DOT  = 4;
+constexpr int V_ROWS_ACC  = 8;
+constexpr int V_GEMM_ROWS = 6;
+constexpr int V_GEMM_VECS = 4;
+
+using vf = __m512;
+using vi = __m512i;
+using va = __m512i;
+
+V_INLINE vf v_zero() { return _mm512_setzero_ps(); }
+V_INLINE vf v_set(float x) { return _mm512_set1_ps(x); }
+V_INLINE vf v_load(const float * p) { return _mm512_loadu_ps(p); }
+V_INLINE void v_store(float * p, vf x) { _mm512_storeu_ps(p, x); }
+V_INLINE vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+V_INLINE vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+V_INLINE vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+V_INLINE vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+V_INLINE vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+V_INLINE vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+V_INLINE vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+V_INLINE float v_hsum(vf x) { return _mm512_reduce_add_ps(x); }
+V_INLINE float v_hmax(vf x) { return _mm512_reduce_max_ps(x); }
+V_INLINE vf v_round(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// x * 2^n for whole n, 0 where that is below the smallest number
+V_INLINE vf v_ldexp(vf x, vf n) { return _mm512_scalef_ps(x, n); }
+
+V_INLINE void v_hsum4(float * dst, vf a, vf b, vf c, vf d) {
+    const auto half = [](__m512 x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };
+    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
+    _mm_storeu_ps(dst, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+
+V_INLINE vf v_load_f16(const uint8_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+V_INLINE vf v_load_bf16(const uint8_t * p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
+}
+V_INLINE vf v_load_i8(const uint8_t * p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p))); }
+
+// V_LEN values of 16 bytes that hold 32 nibbles, less 8
+V_INLINE vf v_load_i4(const uint8_t * p, int i) {
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
+    return _mm512_permutexvar_ps(i == 0 ? x : _mm512_srli_epi32(x, 4), values); // looks at the lower four bits only
+}
+
+// 16 bytes of each of V_LEN rows: res[i] has the i-th four of them, a lane per row
+V_INLINE void v_transpose4(const uint8_t * p, size_t nb, vi res[4]) {
+    const uint8_t * base[4] = { p, p + 4*nb, p + 8*nb, p + 12*nb };
+    for (auto & b : base) {
+        KVM_BASE(b);
+    }
+    __m512i r[4];
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) (base[0] + i*nb)));
+        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *) (base[1] + i*nb)), 1);
+        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *) (base[2] + i*nb)), 2);
+        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *) (base[3] + i*nb)), 3);
+    }
+    const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]);
+    const __m512i b = _mm512_unpackhi_epi32(r[0], r[1]);
+    const __m512i c = _mm512_unpacklo_epi32(r[2], r[3]);
+    const __m512i d = _mm512_unpackhi_epi32(r[2], r[3]);
+    res[0] = _mm512_unpacklo_epi64(a, c);
+    res[1] = _mm512_unpackhi_epi64(a, c);
+    res[2] = _mm512_unpacklo_epi64(b, d);
+    res[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// 32 bytes of each of V_LEN rows, likewise
+V_INLINE void v_transpose8(const uint8_t * p, size_t nb, vi res[8]) {
+    const uint8_t * base[4] = { p, p + 4*nb, p + 8*nb, p + 12*nb };
+    for (auto & b : base) {
+        KVM_BASE(b);
+    }
+    __m512i x[2][4];
+    for (int i = 0; i < 2; ++i) {
+        __m512i r[4];
+        for (int j = 0; j < 4; ++j) {
+            r[j] = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) (base[2*i] + j*nb)));
+            r[j] = _mm512_inserti64x4(r[j], _mm256_loadu_si256((const __m256i *) (base[2*i + 1] + j*nb)), 1);
+        }
+        const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]);
+        const __m512i b = _mm512_unpackhi_epi32(r[0], r[1]);
+        const __m512i c = _mm512_unpacklo_epi32(r[2], r[3]);
+        const __m512i d = _mm512_unpackhi_epi32(r[2], r[3]);
+        // four rows, four others: words w and w + 4 of each
+        x[i][0] = _mm512_unpacklo_epi64(a, c);
+        x[i][1] = _mm512_unpackhi_epi64(a, c);
+        x[i][2] = _mm512_unpacklo_epi64(b, d);
+        x[i][3] = _mm512_unpackhi_epi64(b, d);
+    }
+    for (int w = 0; w < 4; ++w) {
+        res[w]     = _mm512_shuffle_i32x4(x[0][w], x[1][w], 0x88);
+        res[w + 4] = _mm512_shuffle_i32x4(x[0][w], x[1][w], 0xDD);
+    }
+}
+
+V_INLINE vf v_from_bits(vi x) { return _mm512_castsi512_ps(x); }
+V_INLINE vf v_f16_lo(vi x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
+V_INLINE vf v_f16_hi(vi x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16))); }
+V_INLINE vi v_nibble_lo(vi x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+V_INLINE vi v_nibble_hi(vi x) { return _mm512_and_si512(_mm512_srli_epi32(x, 4), _mm512_set1_epi8(15)); }
+
+// acc += the four unsigned bytes of every lane of u times the four signed ones of s
+constexpr int V_DOT_SUMS = 2;
+V_INLINE va v_dot_zero() { return _mm512_setzero_si512(); }
+V_INLINE va v_dot_add(va a, va b) { return _mm512_add_epi32(a, b); }
+V_INLINE va v_dot(va acc, vi u, int32_t s) { return _mm512_dpbusd_epi32(acc, u, _mm512_set1_epi32(s)); }
+V_INLINE vf v_dot_sum(va acc, int32_t x) { return _mm512_cvtepi32_ps(_mm512_add_epi32(acc, _mm512_set1_epi32(x))); }
+
+// 32 nibbles of each of four rows: a lane per element, 16 bits per row; V_BLOCK vectors of rows 0 and 1, then of 2 and 3
+V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
+    const __m512i bytes = _mm512_set_epi8(
+        63, 31, 47, 15, 62, 30, 46, 14, 61, 29, 45, 13, 60, 28, 44, 12, 59, 27, 43, 11, 58, 26, 42, 10, 57, 25, 41,  9, 56, 24, 40,  8,
+        55, 23, 39,  7, 54, 22, 38,  6, 53, 21, 37,  5, 52, 20, 36,  4, 51, 19, 35,  3, 50, 18, 34,  2, 49, 17, 33,  1, 48, 16, 32,  0);
+    const __m512i low = _mm512_set1_epi16(15);
+    __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) p));
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (p +   nb)), 1);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (p + 2*nb)), 2);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (p + 3*nb)), 3);
+    x = _mm512_permutexvar_epi8(bytes, x);
+    res[0] = _mm512_and_si512(x, low);
+    res[1] = _mm512_and_si512(_mm512_srli_epi16(x, 4), low);
+    res[2] = _mm512_and_si512(_mm512_srli_epi16(x, 8), low);
+    res[3] = _mm512_srli_epi16(x, 12);
+}
+
+// acc += the two 16-bit numbers of every lane of x times those of w
+V_INLINE vi v_dot16(vi acc, vi x, int32_t w) { return _mm512_dpwssd_epi32(acc, x, _mm512_set1_epi32(w)); }
+V_INLINE vi v_izero() { return _mm512_setzero_si512(); }
+V_INLINE vi v_iset(int32_t x) { return _mm512_set1_epi32(x); }
+V_INLINE vf v_from_int(vi x) { return _mm512_cvtepi32_ps(x); }
+V_INLINE vi v_to_int(vf x) { return _mm512_cvtps_epi32(x); }
+V_INLINE vi v_iadd(vi a, vi b) { return _mm512_add_epi32(a, b); }
+V_INLINE int32_t v_ihsum(vi x) { return _mm512_reduce_add_epi32(x); }
+V_INLINE vi v_iload(const void * p) { return _mm512_loadu_si512(p); }
+V_INLINE void v_istore(void * p, vi x) { _mm512_storeu_si512(p, x); }
+// rounded to 16 bits: V_LEN numbers, then V_LEN others
+V_INLINE vi v_to_i16(vf a, vf b) {
+    return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), _mm512_packs_epi32(v_to_int(a), v_to_int(b)));
+}
+// a b/2^15 of 16-bit numbers, rounded
+V_INLINE vi v_mulhrs16(vi a, vi b) { return _mm512_mulhrs_epi16(a, b); }
+V_INLINE void v_store_i8(int8_t * p, vi x) { _mm_storeu_si128((__m128i *) p, _mm512_cvtepi32_epi8(x)); }
+V_INLINE vf v_abs(vf x) { return _mm512_abs_ps(x); }
+// towards 0
+V_INLINE vi v_to_int_trunc(vf x) { return _mm512_cvttps_epi32(x); }
+
+// 32 numbers from 0 to 15 as nibbles of 16 bytes
+V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
+    _mm_storeu_si128((__m128i *) p, _mm512_cvtepi32_epi8(_mm512_or_si512(x[0], _mm512_slli_epi32(x[1], 4))));
+}
+
+// the fast Walsh-Hadamard transform of V_LEN values: sums and differences of neighbours, of pairs of them, ...
+V_INLINE vf v_hadamard(vf x) {
+    const auto pass = [](vf a, vf b, __mmask16 minus) { return _mm512_mask_sub_ps(_mm512_add_ps(a, b), minus, a, b); };
+    x = pass(_mm512_moveldup_ps(x),             _mm512_movehdup_ps(x),             0xAAAA);
+    x = pass(_mm512_permute_ps(x, 0x44),        _mm512_permute_ps(x, 0xEE),        0xCCCC);
+    x = pass(_mm512_shuffle_f32x4(x, x, 0xA0),  _mm512_shuffle_f32x4(x, x, 0xF5),  0xF0F0);
+    x = pass(_mm512_shuffle_f32x4(x, x, 0x44),  _mm512_shuffle_f32x4(x, x, 0xEE),  0xFF00);
+    return x;
+}
+
+} // namespace

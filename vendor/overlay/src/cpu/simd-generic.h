@@ -1,0 +1,183 @@
+// Vectors in portable C++, which compilers turn into whatever they can.
+
+#pragma once
+
+namespace {
+
+constexpr int V_LEN = 8;
+constexpr int V_ROWS_DOT  = 2;
+constexpr int V_ROWS_ACC  = 2;
+constexpr int V_GEMM_ROWS = 4;
+constexpr int V_GEMM_VECS = 2;
+
+struct vf { float   v[V_LEN]; };
+struct vi { uint8_t v[V_LEN][4]; };
+struct va { int32_t v[V_LEN]; };
+
+#define KVM_EACH(expr) vf res; for (int i = 0; i < V_LEN; ++i) { res.v[i] = (expr); } return res
+
+V_INLINE vf v_set(float x) { KVM_EACH(x); }
+V_INLINE vf v_zero() { return v_set(0.0f); }
+V_INLINE vf v_load(const float * p) { KVM_EACH(p[i]); }
+V_INLINE void v_store(float * p, vf x) { memcpy(p, x.v, sizeof(x.v)); }
+V_INLINE vf v_add(vf a, vf b) { KVM_EACH(a.v[i] + b.v[i]); }
+V_INLINE vf v_sub(vf a, vf b) { KVM_EACH(a.v[i] - b.v[i]); }
+V_INLINE vf v_mul(vf a, vf b) { KVM_EACH(a.v[i] * b.v[i]); }
+V_INLINE vf v_div(vf a, vf b) { KVM_EACH(a.v[i] / b.v[i]); }
+V_INLINE vf v_min(vf a, vf b) { KVM_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+V_INLINE vf v_max(vf a, vf b) { KVM_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+V_INLINE vf v_fma(vf a, vf b, vf c) { KVM_EACH(a.v[i]*b.v[i] + c.v[i]); }
+V_INLINE float v_hsum(vf x) { float res = 0.0f; for (float y : x.v) { res += y; } return res; }
+V_INLINE float v_hmax(vf x) { float res = x.v[0]; for (float y : x.v) { res = y > res ? y : res; } return res; }
+V_INLINE vf v_round(vf x) { KVM_EACH(std::nearbyint(x.v[i])); }
+V_INLINE vf v_ldexp(vf x, vf n) {
+    KVM_EACH(n.v[i] < -126.0f ? 0.0f : x.v[i]*f32_from_bits((uint32_t) ((int32_t) n.v[i] + 127) << 23));
+}
+
+V_INLINE void v_hsum4(float * dst, vf a, vf b, vf c, vf d) {
+    dst[0] = v_hsum(a); dst[1] = v_hsum(b); dst[2] = v_hsum(c); dst[3] = v_hsum(d);
+}
+
+V_INLINE float f32_from_f16(uint16_t h) {
+    const uint32_t sign = (uint32_t) (h & 0x8000) << 16;
+    const uint32_t rest = (uint32_t) (h & 0x7FFF) << 13;
+    if (rest >= 0x0F800000) { // infinity, not a number
+        return f32_from_bits(sign | 0x70000000 | rest | 0x0F800000);
+    }
+    const float res = f32_from_bits(rest)*0x1p112f; // puts the exponent right, of subnormals too
+    return sign ? -res : res;
+}
+
+V_INLINE vf v_load_f16(const uint8_t * p) { KVM_EACH(f32_from_f16(load_u16(p + 2*i))); }
+V_INLINE vf v_load_bf16(const uint8_t * p) { KVM_EACH(f32_from_bits((uint32_t) load_u16(p + 2*i) << 16)); }
+V_INLINE vf v_load_i8(const uint8_t * p) { KVM_EACH((float) (int8_t) p[i]); }
+V_INLINE vf v_load_i4(const uint8_t * p, int k) {
+    p += V_LEN*(k & 1);
+    KVM_EACH((float) ((k < 2 ? p[i] & 15 : p[i] >> 4) - 8));
+}
+
+V_INLINE void v_transpose4(const uint8_t * p, size_t nb, vi res[4]) {
+    for (int i = 0; i < V_LEN; ++i) {
+        for (int j = 0; j < 4; ++j) {
+            memcpy(res[j].v[i], p + i*nb + 4*j, 4);
+        }
+    }
+}
+
+V_INLINE vf v_from_bits(vi x) { vf res; memcpy(res.v, x.v, sizeof(res.v)); return res; }
+V_INLINE vf v_f16_lo(vi x) { KVM_EACH(f32_from_f16(load_u16(x.v[i]))); }
+V_INLINE vf v_f16_hi(vi x) { KVM_EACH(f32_from_f16(load_u16(x.v[i] + 2))); }
+V_INLINE vi v_nibble_lo(vi x) { for (auto & y : x.v) { for (uint8_t & z : y) { z &= 15; } } return x; }
+V_INLINE vi v_nibble_hi(vi x) { for (auto & y : x.v) { for (uint8_t & z : y) { z >>= 4; } } return x; }
+
+constexpr int V_DOT_SUMS = 1;
+V_INLINE va v_dot_zero() { return {}; }
+V_INLINE va v_dot_add(va a, va /*b*/) { return a; }
+V_INLINE va v_dot(va acc, vi u, int32_t s) {
+    int8_t b[4];
+    memcpy(b, &s, 4);
+    for (int i = 0; i < V_LEN; ++i) {
+        for (int j = 0; j < 4; ++j) {
+            acc.v[i] += u.v[i][j]*b[j];
+        }
+    }
+    return acc;
+}
+V_INLINE vf v_dot_sum(va acc, int32_t x) { KVM_EACH((float) (acc.v[i] + x)); }
+
+V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
+    for (int i = 0; i < 2; ++i) {
+        for (int k = 0; k < 32; ++k) {
+            const uint8_t a = p[2*i*nb + k%16];
+            const uint8_t b = p[2*i*nb + nb + k%16];
+            uint8_t * dst = res[i*32/V_LEN + k/V_LEN].v[k%V_LEN];
+            const uint16_t pair[2] = { (uint16_t) (k < 16 ? a & 15 : a >> 4), (uint16_t) (k < 16 ? b & 15 : b >> 4) };
+            memcpy(dst, pair, 4);
+        }
+    }
+}
+
+V_INLINE vi v_dot16(vi acc, vi x, int32_t w) {
+    int16_t b[2];
+    memcpy(b, &w, 4);
+    for (int i = 0; i < V_LEN; ++i) {
+        int16_t a[2];
+        memcpy(a, x.v[i], 4);
+        const int32_t sum = load_i32(acc.v[i]) + a[0]*b[0] + a[1]*b[1];
+        memcpy(acc.v[i], &sum, 4);
+    }
+    return acc;
+}
+V_INLINE vi v_izero() { return {}; }
+V_INLINE vi v_iset(int32_t x) { vi res; for (auto & y : res.v) { memcpy(y, &x, 4); } return res; }
+V_INLINE vf v_from_int(vi x) { KVM_EACH((float) load_i32(x.v[i])); }
+V_INLINE vi v_to_int(vf x) {
+    vi res;
+    for (int i = 0; i < V_LEN; ++i) {
+        const int32_t y = (int32_t) std::nearbyint(x.v[i]);
+        memcpy(res.v[i], &y, 4);
+    }
+    return res;
+}
+V_INLINE vi v_iadd(vi a, vi b) {
+    for (int i = 0; i < V_LEN; ++i) {
+        const int32_t sum = load_i32(a.v[i]) + load_i32(b.v[i]);
+        memcpy(a.v[i], &sum, 4);
+    }
+    return a;
+}
+V_INLINE int32_t v_ihsum(vi x) { int32_t res = 0; for (const auto & y : x.v) { res += load_i32(y); } return res; }
+V_INLINE vi v_iload(const void * p) { vi res; memcpy(res.v, p, sizeof(res.v)); return res; }
+V_INLINE void v_istore(void * p, vi x) { memcpy(p, x.v, sizeof(x.v)); }
+V_INLINE vi v_to_i16(vf a, vf b) {
+    int16_t res[2*V_LEN];
+    for (int i = 0; i < V_LEN; ++i) {
+        res[i]         = (int16_t) std::nearbyint(a.v[i]);
+        res[i + V_LEN] = (int16_t) std::nearbyint(b.v[i]);
+    }
+    return v_iload(res);
+}
+V_INLINE vi v_mulhrs16(vi a, vi b) {
+    int16_t x[2*V_LEN];
+    int16_t y[2*V_LEN];
+    v_istore(x, a);
+    v_istore(y, b);
+    for (int i = 0; i < 2*V_LEN; ++i) {
+        x[i] = (int16_t) ((x[i]*y[i] + (1 << 14)) >> 15);
+    }
+    return v_iload(x);
+}
+V_INLINE void v_store_i8(int8_t * p, vi x) { for (int i = 0; i < V_LEN; ++i) { p[i] = (int8_t) load_i32(x.v[i]); } }
+V_INLINE vf v_abs(vf x) { KVM_EACH(std::fabs(x.v[i])); }
+V_INLINE vi v_to_int_trunc(vf x) {
+    vi res;
+    for (int i = 0; i < V_LEN; ++i) {
+        const int32_t y = (int32_t) x.v[i];
+        memcpy(res.v[i], &y, 4);
+    }
+    return res;
+}
+
+V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
+    for (int i = 0; i < 16; ++i) {
+        p[i] = (uint8_t) (load_i32(x[i/V_LEN].v[i%V_LEN]) | load_i32(x[i/V_LEN + 16/V_LEN].v[i%V_LEN]) << 4);
+    }
+}
+
+V_INLINE vf v_hadamard(vf x) {
+    for (int h = 1; h < V_LEN; h *= 2) {
+        for (int i = 0; i < V_LEN; ++i) {
+            if ((i & h) == 0) {
+                const float a = x.v[i];
+                const float b = x.v[i + h];
+                x.v[i]     = a + b;
+                x.v[i + h] = a - b;
+            }
+        }
+    }
+    return x;
+}
+
+#undef KVM_EACH
+
+} // namespace

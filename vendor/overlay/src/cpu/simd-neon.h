@@ -1,0 +1,155 @@
+// Vectors of NEON, with the dot products of Armv8.2 where the compiler may use them.
+
+#pragma once
+
+#include <arm_neon.h>
+
+namespace {
+
+constexpr int V_LEN = 4;
+constexpr int V_ROWS_DOT  = 4;
+constexpr int V_ROWS_ACC  = 3;
+constexpr int V_GEMM_ROWS = 6;
+constexpr int V_GEMM_VECS = 4;
+
+using vf = float32x4_t;
+using vi = uint8x16_t;
+using va = int32x4_t;
+
+V_INLINE vf v_zero() { return vdupq_n_f32(0.0f); }
+V_INLINE vf v_set(float x) { return vdupq_n_f32(x); }
+V_INLINE vf v_load(const float * p) { return vld1q_f32(p); }
+V_INLINE void v_store(float * p, vf x) { vst1q_f32(p, x); }
+V_INLINE vf v_add(vf a, vf b) { return vaddq_f32(a, b); }
+V_INLINE vf v_sub(vf a, vf b) { return vsubq_f32(a, b); }
+V_INLINE vf v_mul(vf a, vf b) { return vmulq_f32(a, b); }
+V_INLINE vf v_div(vf a, vf b) { return vdivq_f32(a, b); }
+V_INLINE vf v_min(vf a, vf b) { return vminq_f32(a, b); }
+V_INLINE vf v_max(vf a, vf b) { return vmaxq_f32(a, b); }
+V_INLINE vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
+V_INLINE float v_hsum(vf x) { return vaddvq_f32(x); }
+V_INLINE float v_hmax(vf x) { return vmaxvq_f32(x); }
+V_INLINE vf v_round(vf x) { return vrndnq_f32(x); }
+V_INLINE vf v_ldexp(vf x, vf n) {
+    const int32x4_t e = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23);
+    const float32x4_t res = vmulq_f32(x, vreinterpretq_f32_s32(e));
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(res), vcgeq_f32(n, vdupq_n_f32(-126.0f))));
+}
+
+V_INLINE void v_hsum4(float * dst, vf a, vf b, vf c, vf d) {
+    vst1q_f32(dst, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+}
+
+V_INLINE vf v_load_f16(const uint8_t * p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
+V_INLINE vf v_load_bf16(const uint8_t * p) { return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(p)), 16)); }
+V_INLINE vf v_load_i8(const uint8_t * p) {
+    const int32_t x = load_i32(p);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(x))))));
+}
+
+V_INLINE vf v_load_i4(const uint8_t * p, int i) {
+    const uint8x8_t x = vreinterpret_u8_s32(vdup_n_s32(load_i32(p + 4*(i & 3))));
+    const uint8x8_t u = i < 4 ? vand_u8(x, vdup_n_u8(15)) : vshr_n_u8(x, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vsub_s8(vreinterpret_s8_u8(u), vdup_n_s8(8))))));
+}
+
+V_INLINE void v_transpose4(const uint8_t * p, size_t nb, vi res[4]) {
+    const uint32x4_t r0 = vreinterpretq_u32_u8(vld1q_u8(p));
+    const uint32x4_t r1 = vreinterpretq_u32_u8(vld1q_u8(p +   nb));
+    const uint32x4_t r2 = vreinterpretq_u32_u8(vld1q_u8(p + 2*nb));
+    const uint32x4_t r3 = vreinterpretq_u32_u8(vld1q_u8(p + 3*nb));
+    const uint64x2_t a = vreinterpretq_u64_u32(vtrn1q_u32(r0, r1));
+    const uint64x2_t b = vreinterpretq_u64_u32(vtrn2q_u32(r0, r1));
+    const uint64x2_t c = vreinterpretq_u64_u32(vtrn1q_u32(r2, r3));
+    const uint64x2_t d = vreinterpretq_u64_u32(vtrn2q_u32(r2, r3));
+    res[0] = vreinterpretq_u8_u64(vtrn1q_u64(a, c));
+    res[1] = vreinterpretq_u8_u64(vtrn1q_u64(b, d));
+    res[2] = vreinterpretq_u8_u64(vtrn2q_u64(a, c));
+    res[3] = vreinterpretq_u8_u64(vtrn2q_u64(b, d));
+}
+
+V_INLINE vf v_from_bits(vi x) { return vreinterpretq_f32_u8(x); }
+V_INLINE vf v_f16_lo(vi x) { return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(vreinterpretq_u32_u8(x)))); }
+V_INLINE vf v_f16_hi(vi x) { return vcvt_f32_f16(vreinterpret_f16_u16(vshrn_n_u32(vreinterpretq_u32_u8(x), 16))); }
+V_INLINE vi v_nibble_lo(vi x) { return vandq_u8(x, vdupq_n_u8(15)); }
+V_INLINE vi v_nibble_hi(vi x) { return vshrq_n_u8(x, 4); }
+
+constexpr int V_DOT_SUMS = 2;
+V_INLINE va v_dot_zero() { return vdupq_n_s32(0); }
+V_INLINE va v_dot_add(va a, va b) { return vaddq_s32(a, b); }
+V_INLINE va v_dot(va acc, vi u, int32_t s) {
+    const int8x16_t a = vreinterpretq_s8_u8(u);
+    const int8x16_t b = vreinterpretq_s8_s32(vdupq_n_s32(s));
+#if defined(__ARM_FEATURE_DOTPROD)
+    return vdotq_s32(acc, a, b);
+#else
+    const int16x8_t lo = vmull_s8(vget_low_s8 (a), vget_low_s8 (b));
+    const int16x8_t hi = vmull_s8(vget_high_s8(a), vget_high_s8(b));
+    return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(lo), vpaddlq_s16(hi)));
+#endif
+}
+V_INLINE vf v_dot_sum(va acc, int32_t x) { return vcvtq_f32_s32(vaddq_s32(acc, vdupq_n_s32(x))); }
+
+// four lanes of the first row, then four of the second: what v_dot16 multiplies
+V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
+    for (int i = 0; i < 2; ++i) {
+        const uint8x16_t x[2] = { vld1q_u8(p + 2*i*nb), vld1q_u8(p + 2*i*nb + nb) };
+        for (int h = 0; h < 2; ++h) {
+            const uint8x16_t a = h == 0 ? vandq_u8(x[0], vdupq_n_u8(15)) : vshrq_n_u8(x[0], 4);
+            const uint8x16_t b = h == 0 ? vandq_u8(x[1], vdupq_n_u8(15)) : vshrq_n_u8(x[1], 4);
+            const uint64x2_t a0 = vreinterpretq_u64_u16(vmovl_u8(vget_low_u8(a))), a1 = vreinterpretq_u64_u16(vmovl_u8(vget_high_u8(a)));
+            const uint64x2_t b0 = vreinterpretq_u64_u16(vmovl_u8(vget_low_u8(b))), b1 = vreinterpretq_u64_u16(vmovl_u8(vget_high_u8(b)));
+            vi * dst = res + 8*i + 4*h;
+            dst[0] = vreinterpretq_u8_u64(vtrn1q_u64(a0, b0));
+            dst[1] = vreinterpretq_u8_u64(vtrn2q_u64(a0, b0));
+            dst[2] = vreinterpretq_u8_u64(vtrn1q_u64(a1, b1));
+            dst[3] = vreinterpretq_u8_u64(vtrn2q_u64(a1, b1));
+        }
+    }
+}
+
+V_INLINE vi v_dot16(vi acc, vi x, int32_t w) {
+    const int16x8_t y = vreinterpretq_s16_u8(x);
+    int32x4_t res = vreinterpretq_s32_u8(acc);
+    res = vmlal_n_s16     (res, vget_low_s16(y), (int16_t) (w & 0xFFFF));
+    res = vmlal_high_n_s16(res, y,               (int16_t) (w >> 16));
+    return vreinterpretq_u8_s32(res);
+}
+V_INLINE vi v_izero() { return vdupq_n_u8(0); }
+V_INLINE vi v_iset(int32_t x) { return vreinterpretq_u8_s32(vdupq_n_s32(x)); }
+V_INLINE vf v_from_int(vi x) { return vcvtq_f32_s32(vreinterpretq_s32_u8(x)); }
+V_INLINE vi v_to_int(vf x) { return vreinterpretq_u8_s32(vcvtnq_s32_f32(x)); }
+V_INLINE vi v_iadd(vi a, vi b) { return vreinterpretq_u8_s32(vaddq_s32(vreinterpretq_s32_u8(a), vreinterpretq_s32_u8(b))); }
+V_INLINE int32_t v_ihsum(vi x) { return vaddvq_s32(vreinterpretq_s32_u8(x)); }
+V_INLINE vi v_iload(const void * p) { return vld1q_u8((const uint8_t *) p); }
+V_INLINE void v_istore(void * p, vi x) { vst1q_u8((uint8_t *) p, x); }
+V_INLINE vi v_to_i16(vf a, vf b) {
+    return vreinterpretq_u8_s16(vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(a)), vqmovn_s32(vcvtnq_s32_f32(b))));
+}
+V_INLINE vi v_mulhrs16(vi a, vi b) { return vreinterpretq_u8_s16(vqrdmulhq_s16(vreinterpretq_s16_u8(a), vreinterpretq_s16_u8(b))); }
+V_INLINE void v_store_i8(int8_t * p, vi x) {
+    const int16x4_t y = vmovn_s32(vreinterpretq_s32_u8(x));
+    const int32_t z = vget_lane_s32(vreinterpret_s32_s8(vmovn_s16(vcombine_s16(y, y))), 0);
+    memcpy(p, &z, sizeof(z));
+}
+V_INLINE vf v_abs(vf x) { return vabsq_f32(x); }
+V_INLINE vi v_to_int_trunc(vf x) { return vreinterpretq_u8_s32(vcvtq_s32_f32(x)); }
+
+V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
+    uint16x4_t y[4];
+    for (int i = 0; i < 4; ++i) {
+        y[i] = vmovn_u32(vorrq_u32(vreinterpretq_u32_u8(x[i]), vshlq_n_u32(vreinterpretq_u32_u8(x[i + 4]), 4)));
+    }
+    vst1q_u8(p, vcombine_u8(vmovn_u16(vcombine_u16(y[0], y[1])), vmovn_u16(vcombine_u16(y[2], y[3]))));
+}
+
+V_INLINE vf v_hadamard(vf x) {
+    vf a = vtrn1q_f32(x, x);
+    vf b = vtrn2q_f32(x, x);
+    x = vtrn1q_f32(vaddq_f32(a, b), vsubq_f32(a, b));
+    a = vcombine_f32(vget_low_f32 (x), vget_low_f32 (x));
+    b = vcombine_f32(vget_high_f32(x), vget_high_f32(x));
+    return vcombine_f32(vget_low_f32(vaddq_f32(a, b)), vget_low_f32(vsubq_f32(a, b)));
+}
+
+} // namespace

@@ -1,0 +1,242 @@
+// Rows as floats: what any format can be that says how a block of it is loaded as such.
+
+#pragma once
+
+#include "formats/tile.h"
+
+namespace {
+
+// row: a struct with
+//   scaled: whether a block has a scale, which is then its first two bytes (F16)
+//   size:   bytes of a block, where it has a scale
+//   load(): vector i of block b, without the scale
+
+// S[r][j] = Q[r] . K[j], for N query rows
+template <class row, int N>
+void dot_rows(const float * Q, int64_t ld, const tile & k, float * S) {
+    alignas(64) float d[LLAMA_KV_MIXED_MAX_EMBD/BLOCK][TILE];
+    if constexpr (row::scaled) {
+        for (int64_t b = 0; b < k.n_block; ++b) {
+            load_scales<row>(k.data, k.nb, k.n, b, d[b]);
+        }
+    }
+
+    ahead next(k, 1);
+
+    // four cells at a time, the last one again when their number is not a multiple of that
+    for (int j0 = 0; j0 < k.n; j0 += 4) {
+        int j[4];
+        const uint8_t * x[4];
+KVM_UNROLL
+        for (int p = 0; p < 4; ++p) {
+            j[p] = j0 + p < k.n ? j0 + p : k.n - 1;
+            x[p] = k.data + j[p]*k.nb;
+        }
+        next.visit(4);
+
+        vf acc[N][4];
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+KVM_UNROLL
+            for (int p = 0; p < 4; ++p) {
+                acc[r][p] = v_zero();
+            }
+        }
+
+        for (int64_t b = 0; b < k.n_block; ++b) {
+            if constexpr (row::scaled) {
+KVM_UNROLL
+                for (int p = 0; p < 4; ++p) {
+                    vf sum[N];
+KVM_UNROLL
+                    for (int r = 0; r < N; ++r) {
+                        sum[r] = v_zero();
+                    }
+KVM_UNROLL
+                    for (int i = 0; i < V_BLOCK; ++i) {
+                        const vf y = row::load(x[p], b, i);
+KVM_UNROLL
+                        for (int r = 0; r < N; ++r) {
+                            sum[r] = v_fma(y, v_load(Q + r*ld + b*BLOCK + i*V_LEN), sum[r]);
+                        }
+                    }
+KVM_UNROLL
+                    for (int r = 0; r < N; ++r) {
+                        acc[r][p] = v_fma(sum[r], v_set(d[b][j[p]]), acc[r][p]);
+                    }
+                }
+            } else {
+KVM_UNROLL
+                for (int i = 0; i < V_BLOCK; ++i) {
+KVM_UNROLL
+                    for (int p = 0; p < 4; ++p) {
+                        const vf y = row::load(x[p], b, i);
+KVM_UNROLL
+                        for (int r = 0; r < N; ++r) {
+                            acc[r][p] = v_fma(y, v_load(Q + r*ld + b*BLOCK + i*V_LEN), acc[r][p]);
+                        }
+                    }
+                }
+            }
+        }
+
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+            v_hsum4(S + r*TILE + j0, acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+        }
+    }
+}
+
+// O[r] += sum over j of P[r][j] V[j], for N query rows
+template <class row, int N>
+void acc_rows(const float * P, const tile & v, float * O, int64_t ld) {
+    alignas(64) float d[TILE];
+    alignas(64) float w[N][TILE];
+
+    ahead next(v, v.n_block);
+
+    for (int64_t b = 0; b < v.n_block; ++b) {
+        if constexpr (row::scaled) {
+            load_scales<row>(v.data, v.nb, v.n, b, d);
+        }
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+            for (int j = 0; j < TILE; j += V_LEN) {
+                const vf p = v_load(P + r*TILE + j);
+                v_store(w[r] + j, row::scaled ? v_mul(p, v_load(d + j)) : p);
+            }
+        }
+
+        vf acc[N][V_BLOCK];
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+KVM_UNROLL
+            for (int i = 0; i < V_BLOCK; ++i) {
+                acc[r][i] = v_load(O + r*ld + b*BLOCK + i*V_LEN);
+            }
+        }
+
+        for (int j = 0; j < v.n; ++j) {
+            const uint8_t * x = v.data + j*v.nb;
+            next.visit(1);
+KVM_UNROLL
+            for (int i = 0; i < V_BLOCK; ++i) {
+                const vf y = row::load(x, b, i);
+KVM_UNROLL
+                for (int r = 0; r < N; ++r) {
+                    acc[r][i] = v_fma(y, v_set(w[r][j]), acc[r][i]);
+                }
+            }
+        }
+
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+KVM_UNROLL
+            for (int i = 0; i < V_BLOCK; ++i) {
+                v_store(O + r*ld + b*BLOCK + i*V_LEN, acc[r][i]);
+            }
+        }
+    }
+}
+
+// a template for every number of rows up to the one that fits in registers
+template <class row, int N>
+void dot_rows_n(int n, const float * Q, int64_t ld, const tile & k, float * S) {
+    if (n == N) {
+        dot_rows<row, N>(Q, ld, k, S);
+    } else if constexpr (N > 1) {
+        dot_rows_n<row, N - 1>(n, Q, ld, k, S);
+    }
+}
+
+template <class row, int N>
+void acc_rows_n(int n, const float * P, const tile & v, float * O, int64_t ld) {
+    if (n == N) {
+        acc_rows<row, N>(P, v, O, ld);
+    } else if constexpr (N > 1) {
+        acc_rows_n<row, N - 1>(n, P, v, O, ld);
+    }
+}
+
+//
+// the functions of a format, see llama_kv_mixed_format
+//
+
+template <class row>
+void dot_float(const llama_kv_mixed_dot & a) {
+    const int size = group_size(a.n_rows, V_ROWS_DOT);
+    for (int64_t r = 0; r < a.n_rows; r += size) {
+        const int n = (int) (a.n_rows - r < size ? a.n_rows - r : size);
+        dot_rows_n<row, V_ROWS_DOT>(n, a.Q + r*a.ld, a.ld, a.k, a.S + r*TILE);
+    }
+}
+
+template <class row>
+void acc_float(const llama_kv_mixed_acc & a) {
+    const int size = group_size(a.n_rows, V_ROWS_ACC);
+    for (int64_t r = 0; r < a.n_rows; r += size) {
+        const int n = (int) (a.n_rows - r < size ? a.n_rows - r : size);
+        acc_rows_n<row, V_ROWS_ACC>(n, a.P + r*TILE, a.v, a.O + r*a.ld, a.ld);
+    }
+}
+
+template <class row>
+void expand_float(const tile & t, float * dst, int64_t ld) {
+    alignas(64) float d[TILE];
+    ahead next(t, t.n_block);
+    for (int64_t b = 0; b < t.n_block; ++b) {
+        if constexpr (row::scaled) {
+            load_scales<row>(t.data, t.nb, t.n, b, d);
+        }
+        for (int j = 0; j < t.n; ++j) {
+            const uint8_t * x = t.data + j*t.nb;
+            next.visit(1);
+KVM_UNROLL
+            for (int i = 0; i < V_BLOCK; ++i) {
+                const vf y = row::load(x, b, i);
+                v_store(dst + j*ld + b*BLOCK + i*V_LEN, row::scaled ? v_mul(y, v_set(d[j])) : y);
+            }
+        }
+    }
+}
+
+// one row, and nothing to fetch after it
+template <class row>
+void load_float(const uint8_t * src, int64_t n, float * dst) {
+    for (int64_t b = 0; b < n/BLOCK; ++b) {
+KVM_UNROLL
+        for (int i = 0; i < V_BLOCK; ++i) {
+            v_store(dst + b*BLOCK + i*V_LEN, row::load(src, b, i));
+        }
+    }
+}
+
+template <class row>
+constexpr llama_kv_mixed_format make_float_format(const char * name, ggml_type type) {
+    return { name, type, load_float<row>, nullptr, expand_float<row>, dot_float<row>, acc_float<row>, 0, nullptr };
+}
+
+//
+// the types of hot rows
+//
+
+struct row_f32 {
+    static constexpr bool scaled = false;
+    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load((const float *) row + b*BLOCK + i*V_LEN); }
+};
+
+struct row_f16 {
+    static constexpr bool scaled = false;
+    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_f16(row + 2*(b*BLOCK + i*V_LEN)); }
+};
+
+struct row_bf16 {
+    static constexpr bool scaled = false;
+    static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_bf16(row + 2*(b*BLOCK + i*V_LEN)); }
+};
+
+constexpr auto format_f32  = make_float_format<row_f32> ("f32",  GGML_TYPE_F32);
+constexpr auto format_f16  = make_float_format<row_f16> ("f16",  GGML_TYPE_F16);
+constexpr auto format_bf16 = make_float_format<row_bf16>("bf16", GGML_TYPE_BF16);
+
+} // namespace

@@ -1,0 +1,79 @@
+// A tile of rows as the kernels walk through it.
+
+#pragma once
+
+#include "formats/rows.h"
+
+namespace {
+
+constexpr int TILE = LLAMA_KV_MIXED_TILE;
+
+using rows = llama_kv_mixed_rows;
+using tile = llama_kv_mixed_tile;
+
+static_assert(TILE % (2*V_LEN) == 0 && TILE % BLOCK == 0 && BLOCK % V_LEN == 0, "tiles and blocks are whole vectors");
+
+// the scales of block b in rows [0, n), n rounded up to whole vectors; rows from n on are not read
+template <class row>
+V_INLINE void load_scales(const uint8_t * x, size_t nb, int n, int64_t b, float * dst) {
+    int j = 0;
+    for (; j + V_LEN <= n; j += V_LEN) {
+        vi word[4]; // the scale, and the first values
+        v_transpose4(x + j*nb + b*row::size, nb, word);
+        v_store(dst + j, v_f16_lo(word[0]));
+    }
+    if (j < n) {
+        uint8_t rest[2*V_LEN] = {};
+        for (int i = j; i < n; ++i) {
+            memcpy(rest + 2*(i - j), x + i*nb + b*row::size, 2);
+        }
+        v_store(dst + j, v_load_f16(rest));
+    }
+}
+
+// Fetches the rows of the next tile evenly while one is worked on: a processor has few buffers for cache lines that are on
+// their way, and waits when these are taken.
+class ahead {
+public:
+    // n_visits: how often each row of the tile is visited
+    V_INLINE ahead(const tile & t, int64_t n_visits) : next(t.next), n_visits(n_visits) {}
+
+    V_INLINE void visit(int64_t n_rows) {
+        for (n += n_rows; n >= n_visits; n -= n_visits) {
+            // where a row begins in the midst of a line, that came with the row before
+            for (int64_t i = next.n_bytes - 1; i >= 0; i -= 64) {
+                prefetch(next.data + i);
+            }
+            next.data += next.nb;
+        }
+    }
+
+private:
+    rows          next;
+    const int64_t n_visits;
+    int64_t       n = 0;
+};
+
+// n rows in groups of nearly equal size, none above the most
+V_INLINE int group_size(int64_t n, int most) {
+    const int64_t n_group = (n + most - 1)/most;
+    return (int) ((n + n_group - 1)/n_group);
+}
+
+// A tile whose rows are read in whole vectors of cells: where the last one has fewer, the rows are copied to room, with
+// zeros behind them.
+V_INLINE tile whole_vectors(const tile & t, uint8_t * room) {
+    tile res = t;
+    if (t.n % V_LEN != 0) {
+        res.data = room;
+        res.nb   = t.n_bytes;
+        for (int j = 0; j < t.n; ++j) {
+            memcpy(room + j*t.n_bytes, t.data + j*t.nb, t.n_bytes);
+        }
+        const int n = (t.n + V_LEN - 1)/V_LEN*V_LEN;
+        memset(room + t.n*t.n_bytes, 0, (n - t.n)*t.n_bytes);
+    }
+    return res;
+}
+
+} // namespace
