@@ -5,6 +5,7 @@
 #include "cache/params.h"
 #include "graph/providers.h"
 
+#include "llama-graph.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
@@ -126,7 +127,7 @@ llama_kv_cache * llama_kv_mixed_new_cache(
     try {
         auto res = std::make_unique<llama_kv_cache_mixed>(
                 model, hparams, type_k, type_v, *params, offload, unified, kv_size, n_seq_max, n_pad, filter, reuse);
-        llama_kv_mixed_check_attn(model, *res);
+        llama_kv_mixed_check_attn(model.hparams, *res);
         return res.release();
     } catch (const std::exception & err) {
         fail(err.what());
@@ -192,8 +193,7 @@ void llama_kv_mixed_state_read(
 
 void llm_refuse_mixed(const llama_kv_cache_context * mctx) {
     if (dynamic_cast<const llama_kv_cache_mixed_context *>(mctx)) {
-        llama_kv_mixed_error() = "no mixed KV cache for this model: its attention reads V out of the rows of K";
-        throw std::runtime_error(llama_kv_mixed_error());
+        fail("no mixed KV cache for this model: its attention reads V out of the rows of K");
     }
 }
 
@@ -217,5 +217,9 @@ ggml_tensor * llm_build_attn_mixed(
 
     GGML_ASSERT(!v_mla);
 
-    return llama_kv_mixed_build_attn(gctx, *mctx, q, k, v, kq_b, kq_mask, sinks, kq_scale, il);
+    try {
+        return llama_kv_mixed_build_attn(gctx, *mctx, { q, k, v, kq_b, kq_mask, sinks, kq_scale, il });
+    } catch (const std::exception & err) {
+        fail(err.what());
+    }
 }

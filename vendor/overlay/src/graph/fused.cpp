@@ -1,160 +1,71 @@
 #include "graph/fused.h"
 
+#include "graph/node.h"
+
+#include "cache/context.h"
 #include "cpu/host.h"
+
+#include "llama-cparams.h"
+#include "llama-graph.h"
+#include "llama-hparams.h"
 
 #include <algorithm>
 
-const char * llama_kv_mixed_fused_reason(const ggml_tensor * k_hot, const ggml_tensor * k_cold, int64_t n_embd_k, int64_t n_embd_v, int64_t n_gqa) {
-    if (!llama_kv_mixed_attn_supports(n_embd_k, n_embd_v, n_gqa)) {
+static int get_n_threads(const llama_cparams & cparams) {
+    return std::max(cparams.n_threads, cparams.n_threads_batch);
+}
+
+// holds the nodes of one layer for as long as their graph lives
+class llm_graph_input_kv_mixed_nodes : public llm_graph_input_i {
+public:
+    virtual ~llm_graph_input_kv_mixed_nodes() = default;
+
+    void set_input(const llama_ubatch * ubatch) override {
+        GGML_UNUSED(ubatch);
+
+        nodes.reset();
+    }
+
+    // the mask's own check sees to the numbers of cells
+    bool can_reuse(const llm_graph_params & params) override {
+        return get_n_threads(params.cparams) <= nodes.get_n_threads();
+    }
+
+    llama_kv_mixed_attn_nodes nodes;
+};
+
+std::string llama_kv_mixed_fused_reason(const llama_kv_mixed_attn_layer & layer) {
+    const auto & hparams = layer.hparams;
+
+    const int32_t il = layer.il;
+
+    if (!layer.is_plain) {
+        return "the model adds a bias for every pair of tokens, or caps scores in a way of its own";
+    }
+    if (!llama_kv_mixed_attn_supports(hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), hparams.n_gqa(il))) {
         return "the heads are too large, or too many share a KV head";
     }
-    if (!llama_kv_mixed_is_on_host(k_hot) || !llama_kv_mixed_is_on_host(k_cold)) {
-        return "the cache is not in the CPU's memory";
+    for (const llama_kv_cache * kv : { layer.kv.get_hot(), layer.kv.get_cold() }) {
+        if (!llama_kv_mixed_is_on_host(kv->get_k_storage(il))) {
+            return "the cache is not in the CPU's memory";
+        }
     }
-    return nullptr;
+
+    return "";
 }
 
-// sources of the first node
-enum { SRC_Q, SRC_K_HOT, SRC_V_HOT, SRC_MASK, SRC_OTHER };
+ggml_tensor * llama_kv_mixed_fused_build(const llm_graph_context & gctx, const llama_kv_cache_mixed_context & mctx, const llama_kv_mixed_attn_inputs & in) {
+    const auto & hparams = gctx.hparams;
 
-static llama_kv_mixed_attn_segment get_segment(const ggml_tensor * k, const ggml_tensor * v) {
-    llama_kv_mixed_attn_segment res = {};
-    res.k      = k->data;
-    res.v      = v->data;
-    res.type_k = k->type;
-    res.type_v = v->type;
-    res.n_kv   = k->ne[2];
-    for (int i = 0; i < 3; ++i) {
-        res.nb_k[i] = k->nb[i + 1];
-        res.nb_v[i] = v->nb[i + 1];
-    }
-    return res;
-}
+    auto * inp = (llm_graph_input_kv_mixed_nodes *) gctx.res->add_input(std::make_unique<llm_graph_input_kv_mixed_nodes>());
 
-ggml_tensor * llama_kv_mixed_fused::build(
-        ggml_context * ctx, const llama_kv_mixed_fused_inputs & inputs, float scale, float max_bias, float logit_softcap, int n_threads) {
-    ggml_tensor * q = inputs.q;
-    if (q->nb[0] != sizeof(float)) {
-        q = ggml_cont(ctx, q);
-    }
+    ggml_tensor * cur = inp->nodes.build(gctx.ctx0, {
+            in.q, in.k, in.v, mctx.get_k_cold(gctx.ctx0, in.il), mctx.get_v_cold(gctx.ctx0, in.il), in.kq_mask, in.sinks,
+            mctx.get_kv()->get_n_rot_k(), mctx.get_kv()->get_n_rot_v(),
+        }, in.kq_scale, hparams.f_max_alibi_bias, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f,
+        get_n_threads(gctx.cparams));
 
-    GGML_ASSERT(q->type == GGML_TYPE_F32 && q->ne[3] == 1);
+    ggml_build_forward_expand(gctx.gf, cur);
 
-    const int64_t n_stream = inputs.k_hot->ne[3];
-
-    node & n = nodes.emplace_back();
-
-    n.isa       = llama_kv_mixed_get_isa();
-    n.has_cold  = inputs.k_cold != nullptr;
-    n.has_sinks = inputs.sinks  != nullptr;
-    n.n_slot    = std::max(n_threads, 1);
-
-    auto & a = n.args;
-    a = {};
-    a.struct_size   = sizeof(a);
-    a.n_embd_k      = inputs.k_hot->ne[0];
-    a.n_embd_v      = inputs.v_hot->ne[0];
-    a.n_head        = q->ne[1];
-    a.n_head_kv     = inputs.k_hot->ne[1];
-    a.n_tokens      = q->ne[2]/n_stream;
-    a.n_stream      = n_stream;
-    a.scale         = scale;
-    a.max_bias      = max_bias;
-    a.logit_softcap = logit_softcap;
-    a.mask_f16      = inputs.mask->type == GGML_TYPE_F16;
-    a.n_rot_k       = inputs.n_rot_k;
-    a.n_rot_v       = inputs.n_rot_v;
-    a.seg[1]        = get_segment(inputs.k_hot, inputs.v_hot);
-    if (n.has_cold) {
-        a.seg[0] = get_segment(inputs.k_cold, inputs.v_cold);
-    } else {
-        a.seg[0].type_k = a.seg[1].type_k;
-        a.seg[0].type_v = a.seg[1].type_v;
-    }
-
-    n.plan = llama_kv_mixed_attn_make_plan(a);
-
-    ggml_tensor * args[SRC_OTHER + 3] = { q, inputs.k_hot, inputs.v_hot, inputs.mask };
-    int n_args = SRC_OTHER;
-    if (n.has_cold) {
-        args[n_args++] = inputs.k_cold;
-        args[n_args++] = inputs.v_cold;
-    }
-    if (n.has_sinks) {
-        args[n_args++] = inputs.sinks;
-    }
-
-    // output, partial results of the tasks, scratch memory of the threads
-    const int64_t n_out     = a.n_embd_v*a.n_head*a.n_tokens*n_stream;
-    const int64_t n_partial = n.plan.n_partials();
-
-    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_out + n_partial + n.n_slot*(int64_t) n.plan.n_scratch(), 1, 1, 1,
-        args, n_args, compute, GGML_N_TASKS_MAX, &n);
-
-    if (n_partial > 0) {
-        ggml_tensor * parts[2] = { res, inputs.sinks };
-        res = ggml_custom_4d(ctx, GGML_TYPE_F32, a.n_embd_v*a.n_head, a.n_tokens*n_stream, 1, 1,
-            parts, n.has_sinks ? 2 : 1, merge, GGML_N_TASKS_MAX, &n);
-    }
-
-    // The view is there in any case: a graph with a merge must have another number of nodes than one without, as that is
-    // what ggml's allocator knows it by. It would take the memory that it planned for one to do for the other.
-
-    return ggml_view_2d(ctx, res, a.n_embd_v*a.n_head, a.n_tokens*n_stream, a.n_embd_v*a.n_head*sizeof(float), 0);
-}
-
-void llama_kv_mixed_fused::reset() {
-    for (node & n : nodes) {
-        n.next = 0;
-    }
-}
-
-void llama_kv_mixed_fused::compute(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    node & n = *(node *) userdata;
-    if (ith >= n.n_slot) {
-        return;
-    }
-
-    llama_kv_mixed_attn_args a = n.args;
-
-    const ggml_tensor * q = dst->src[SRC_Q];
-    a.q       = (const float *) q->data;
-    a.nb_q[0] = q->nb[1];
-    a.nb_q[1] = q->nb[2];
-    a.nb_q[2] = q->nb[2]*a.n_tokens;
-
-    a.seg[1] = get_segment(dst->src[SRC_K_HOT], dst->src[SRC_V_HOT]);
-    if (n.has_cold) {
-        a.seg[0] = get_segment(dst->src[SRC_OTHER], dst->src[SRC_OTHER + 1]);
-    }
-
-    const ggml_tensor * mask = dst->src[SRC_MASK];
-    a.mask       = mask->data;
-    a.nb_mask[0] = mask->nb[1];
-    a.nb_mask[1] = mask->nb[3];
-
-    if (n.has_sinks) {
-        a.sinks = (const float *) dst->src[SRC_OTHER + 2*n.has_cold]->data;
-    }
-
-    a.dst = (float *) dst->data;
-
-    float * partial = a.dst + a.n_embd_v*a.n_head*a.n_tokens*a.n_stream;
-    float * scratch = partial + n.plan.n_partials() + ith*n.plan.n_scratch();
-
-    llama_kv_mixed_attn_run(*n.isa, a, n.plan, n.next, partial, scratch, std::min(nth, n.n_slot));
-}
-
-void llama_kv_mixed_fused::merge(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const node & n = *(const node *) userdata;
-
-    llama_kv_mixed_attn_args a = n.args;
-    if (n.has_sinks) {
-        a.sinks = (const float *) dst->src[1]->data;
-    }
-    a.dst = (float *) dst->data;
-
-    const int64_t n_rows = a.n_head*a.n_tokens*a.n_stream;
-
-    n.isa->attn_merge(a, n.plan, (const float *) dst->src[0]->data + a.n_embd_v*n_rows, n_rows*ith/nth, n_rows*(ith + 1)/nth);
+    return cur;
 }

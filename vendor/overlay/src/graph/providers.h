@@ -1,57 +1,59 @@
 #pragma once
 
-#include "llama-graph.h"
+#include "ggml.h"
 
-#include "cache/context.h"
-#include "graph/fused.h"
+#include <cstdint>
+#include <string>
+
+class llama_kv_cache_mixed;
+class llama_kv_cache_mixed_context;
+
+struct llama_hparams;
+struct llm_graph_context;
 
 //
-// the mixed KV cache in the compute graph
+// attention over cold and hot rows: who can compute it is asked in turn
+//
+// New rows are stored in hot as in any cache, and the mask covers [cold | hot]: see llama_kv_cache_mixed_context. What is
+// left is attention over both, wherever build_attn() meets the context of a mixed cache.
 //
 
-// new rows are stored in hot as in any cache, and the mask covers [cold | hot]: see llama_kv_cache_mixed_context
-// what is left is attention over both, wherever build_attn() meets the context of a mixed cache
+// a layer of a cache
+struct llama_kv_mixed_attn_layer {
+    const llama_kv_cache_mixed & kv;
+    const llama_hparams        & hparams;
 
-// holds what the fused attention of one layer needs for as long as its graph lives
-class llm_graph_input_kv_mixed_fused : public llm_graph_input_i {
-public:
-    virtual ~llm_graph_input_kv_mixed_fused() = default;
+    int32_t il;
 
-    void set_input(const llama_ubatch * ubatch) override;
-
-    bool can_reuse(const llm_graph_params & params) override;
-
-    llama_kv_mixed_fused fused;
+    // no bias for every pair of tokens, and no other way of capping than ggml_flash_attn_ext()'s
+    bool is_plain;
 };
 
-// the matrices that rotate what meets cold rows, for attention that is composed of ggml's operations
-class llm_graph_input_kv_mixed_rot : public llm_graph_input_i {
-public:
-    llm_graph_input_kv_mixed_rot(const llama_kv_cache * cold) : cold(cold) {}
-    virtual ~llm_graph_input_kv_mixed_rot() = default;
+// the arguments of llm_graph_context::build_attn_mha(); k and v are the views of hot rows
+struct llama_kv_mixed_attn_inputs {
+    ggml_tensor * q;
+    ggml_tensor * k;
+    ggml_tensor * v;
+    ggml_tensor * kq_b;
+    ggml_tensor * kq_mask;
+    ggml_tensor * sinks;
 
-    void set_input(const llama_ubatch * ubatch) override;
-
-    bool can_reuse(const llm_graph_params & params) override;
-
-    ggml_tensor * k_rot = nullptr; // F32 [n_rot, n_rot], null: rows are not rotated
-    ggml_tensor * v_rot = nullptr;
-
-    const llama_kv_cache * const cold;
+    float kq_scale;
+    int   il;
 };
 
-// throws when the cache's attention is to be fused and can not be
-void llama_kv_mixed_check_attn(const llama_model & model, const llama_kv_cache_mixed & kv);
+struct llama_kv_mixed_attn_provider {
+    int32_t attn; // enum llama_kv_mixed_attn_type: what asks for this one alone
 
-// llm_graph_context::build_attn_mha() over cold and hot; k and v are the views of hot rows
-ggml_tensor * llama_kv_mixed_build_attn(
-               const llm_graph_context & gctx,
-    const llama_kv_cache_mixed_context & mctx,
-                           ggml_tensor * q,
-                           ggml_tensor * k,
-                           ggml_tensor * v,
-                           ggml_tensor * kq_b,
-                           ggml_tensor * kq_mask,
-                           ggml_tensor * sinks,
-                                 float   kq_scale,
-                                   int   il);
+    const char * name;
+
+    // why it can not compute the attention of a layer, empty: it can
+    std::string (*reason)(const llama_kv_mixed_attn_layer & layer);
+
+    ggml_tensor * (*build)(const llm_graph_context & gctx, const llama_kv_cache_mixed_context & mctx, const llama_kv_mixed_attn_inputs & in);
+};
+
+// throws a std::runtime_error that says why, when there is a layer whose attention nobody can compute
+void llama_kv_mixed_check_attn(const llama_hparams & hparams, const llama_kv_cache_mixed & kv);
+
+ggml_tensor * llama_kv_mixed_build_attn(const llm_graph_context & gctx, const llama_kv_cache_mixed_context & mctx, const llama_kv_mixed_attn_inputs & in);

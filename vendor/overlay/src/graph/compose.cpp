@@ -1,0 +1,170 @@
+#include "graph/compose.h"
+
+#include "cache/context.h"
+#include "formats/formats.h"
+
+#include "llama-graph.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+
+// the matrices that rotate what meets cold rows
+class llm_graph_input_kv_mixed_rot : public llm_graph_input_i {
+public:
+    llm_graph_input_kv_mixed_rot(const llama_kv_cache * cold) : cold(cold) {}
+    virtual ~llm_graph_input_kv_mixed_rot() = default;
+
+    void set_input(const llama_ubatch * ubatch) override {
+        GGML_UNUSED(ubatch);
+
+        if (k_rot && k_rot->buffer) {
+            cold->set_input_k_rot(k_rot);
+        }
+        if (v_rot && v_rot->buffer) {
+            cold->set_input_v_rot(v_rot);
+        }
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        GGML_UNUSED(params);
+
+        // they are always the same
+        return true;
+    }
+
+    ggml_tensor * k_rot = nullptr; // F32 [n_rot, n_rot], null: rows are not rotated
+    ggml_tensor * v_rot = nullptr;
+
+    const llama_kv_cache * const cold;
+};
+
+// the input of this graph, which all its layers share
+static const llm_graph_input_kv_mixed_rot * get_input_rot(const llm_graph_context & gctx, const llama_kv_cache * cold) {
+    for (const auto & inp : gctx.res->inputs) {
+        const auto * res = dynamic_cast<const llm_graph_input_kv_mixed_rot *>(inp.get());
+        if (res && res->cold == cold) {
+            return res;
+        }
+    }
+
+    auto inp = std::make_unique<llm_graph_input_kv_mixed_rot>(cold);
+
+    inp->k_rot = cold->build_input_k_rot(gctx.ctx0);
+    inp->v_rot = cold->build_input_v_rot(gctx.ctx0);
+
+    return (const llm_graph_input_kv_mixed_rot *) gctx.res->add_input(std::move(inp));
+}
+
+// cold rows in the type of the hot ones, followed by the hot ones, which are rotated by rot if there is one
+static ggml_tensor * build_join(ggml_context * ctx, ggml_tensor * cold, ggml_tensor * hot, ggml_tensor * rot) {
+    if (rot) {
+        ggml_tensor * cur = llama_mul_mat_hadamard(ctx, ggml_cast(ctx, hot, GGML_TYPE_F32), rot);
+
+        hot = hot->type == GGML_TYPE_F32 ? cur : ggml_cast(ctx, cur, hot->type);
+    }
+
+    // backends expand quantised rows to f32 only
+    if (ggml_is_quantized(cold->type)) {
+        cold = ggml_cast(ctx, cold, GGML_TYPE_F32);
+    }
+
+    if (cold->type != hot->type) {
+        cold = ggml_cast(ctx, cold, hot->type);
+    }
+
+    return ggml_concat(ctx, cold, hot, 2);
+}
+
+// the first operation of build_join() that a device does not have, for heads of n_embd values; empty: it has them all
+static std::string find_missing(ggml_backend_dev_t dev, ggml_type type_cold, ggml_type type_hot, int64_t n_embd, int64_t n_head_kv, int64_t n_rot) {
+    ggml_context_ptr ctx_ptr(ggml_init({ /*.mem_size =*/ 32*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+    ggml_context * ctx = ctx_ptr.get();
+
+    ggml_tensor * cold = ggml_new_tensor_4d(ctx, type_cold, n_embd, n_head_kv, 256, 1);
+    ggml_tensor * hot  = ggml_new_tensor_4d(ctx, type_hot,  n_embd, n_head_kv, 256, 1);
+    ggml_tensor * rot  = n_rot > 0 ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rot, n_rot) : nullptr;
+
+    build_join(ctx, cold, hot, rot);
+
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        if (t->op != GGML_OP_NONE && !ggml_backend_dev_supports_op(dev, t)) {
+            return format("%s of %s rows to %s", ggml_op_desc(t), ggml_type_name(t->src[0]->type), ggml_type_name(t->type));
+        }
+    }
+
+    return "";
+}
+
+std::string llama_kv_mixed_compose_reason(const llama_kv_mixed_attn_layer & layer) {
+    const ggml_tensor * k_hot  = layer.kv.get_hot ()->get_k_storage(layer.il);
+    const ggml_tensor * k_cold = layer.kv.get_cold()->get_k_storage(layer.il);
+    const ggml_tensor * v_hot  = llama_kv_cache_mixed::get_v_storage(*layer.kv.get_hot (), layer.il);
+    const ggml_tensor * v_cold = llama_kv_cache_mixed::get_v_storage(*layer.kv.get_cold(), layer.il);
+
+    // (the CPU's own buffer types name no device)
+    ggml_backend_dev_t dev = k_cold->buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(k_cold->buffer)) : nullptr;
+    if (!dev) {
+        dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    }
+
+    const int64_t n_head_kv = layer.hparams.n_head_kv(layer.il);
+
+    const auto get_missing = [&](ggml_type type_k, ggml_type type_v) {
+        const auto res = find_missing(dev, type_k, k_hot->type, layer.hparams.n_embd_head_k(layer.il), n_head_kv, layer.kv.get_n_rot_k());
+
+        return !res.empty() ? res : find_missing(dev, type_v, v_hot->type, layer.hparams.n_embd_head_v(layer.il), n_head_kv, layer.kv.get_n_rot_v());
+    };
+
+    const auto missing = get_missing(k_cold->type, v_cold->type);
+    if (missing.empty()) {
+        return "";
+    }
+
+    std::string names;
+    for (size_t i = 0; const auto * cold = llama_kv_mixed_get_format(i); ++i) {
+        const bool whole = layer.hparams.n_embd_head_k(layer.il) % ggml_blck_size(cold->type) == 0
+                        && layer.hparams.n_embd_head_v(layer.il) % ggml_blck_size(cold->type) == 0;
+
+        if (whole && get_missing(cold->type, cold->type).empty()) {
+            names += (names.empty() ? "" : ", ") + std::string(cold->name);
+        }
+    }
+
+    return format("%s has no %s%s%s", ggml_backend_dev_name(dev), missing.c_str(),
+        names.empty() ? "" : ", take one of these cold types: ", names.c_str());
+}
+
+ggml_tensor * llama_kv_mixed_compose_build(const llm_graph_context & gctx, const llama_kv_cache_mixed_context & mctx, const llama_kv_mixed_attn_inputs & in) {
+    ggml_context * ctx = gctx.ctx0;
+
+    ggml_tensor * q = in.q;
+    ggml_tensor * k = in.k;
+    ggml_tensor * v = in.v;
+
+    ggml_tensor * v_rot = nullptr;
+
+    if (mctx.get_n_cold() > 0) {
+        const auto * rot = get_input_rot(gctx, mctx.get_kv()->get_cold());
+
+        v_rot = rot->v_rot;
+
+        // hot rows and queries are rotated rather than cold rows back: there are more of those
+        if (rot->k_rot) {
+            q = llama_mul_mat_hadamard(ctx, q, rot->k_rot);
+        }
+
+        k = build_join(ctx, mctx.get_k_cold(ctx, in.il), k, rot->k_rot);
+        v = build_join(ctx, mctx.get_v_cold(ctx, in.il), v, rot->v_rot);
+    }
+
+    ggml_tensor * cur = gctx.build_attn_mha(q, k, v, in.kq_b, in.kq_mask, in.sinks, nullptr, 0, in.kq_scale, in.il);
+
+    if (v_rot) {
+        cur = llama_mul_mat_hadamard(ctx, cur, v_rot);
+        ggml_build_forward_expand(gctx.gf, cur);
+    }
+
+    return cur;
+}
