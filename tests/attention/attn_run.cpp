@@ -1,5 +1,5 @@
 // The kernels for tests under an emulator: requests on stdin, outputs on stdout, without Python and libllama.
-// First it writes the names of its instruction sets, as a line. tests/emulated.py is the other side.
+// First it writes the names of its instruction sets, as a line. tests/helpers/emulated.py is the other side.
 
 #include "llama-kv-mixed-attn.h"
 

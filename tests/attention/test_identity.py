@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import rewrite_gguf
-from tiny_model import write_tiny_model
+from helpers.gguf_copy import rewrite_gguf
+from helpers.tiny_model import write_tiny_model
 
 from llamamix import CacheStats, Context, KVMixedParams, Model
 

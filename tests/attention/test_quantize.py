@@ -8,10 +8,11 @@ from __future__ import annotations
 import platform
 
 import cffi
-import emulated
 import numpy as np
 import pytest
-from reference import fwht, library_dir, migrated
+from helpers import emulated
+from helpers.processes import library_dir
+from helpers.rows import fwht, migrated
 
 from llamamix import ggml
 from llamamix._ffi import _file_name, ffi, lib

@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from reference import environment, library_dir, migrated
+from helpers.by_hand import SHAPE, add, find, positions, snapshot
+from helpers.processes import environment, library_dir
+from helpers.rows import migrated
 
 from llamamix import (
     Batch,
@@ -29,9 +31,6 @@ from llamamix import (
     UnifiedKVCache,
     ggml,
 )
-from llamamix.cache import KVCache
-
-SHAPE = {"n_layer": 2, "n_head_kv": 2, "head_size_k": 32}
 
 
 @pytest.fixture
@@ -46,41 +45,6 @@ def make() -> Iterator[Callable[..., MixedKVCache]]:
     yield make
     for cache in caches:
         cache.close()
-
-
-def find(cache: KVCache, tokens: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    """Look for places for (position, sequence) pairs."""
-    batch = Batch()
-    for pos, seq in tokens:
-        batch.add(1, pos, seq)
-    with SBatch(batch, memory=cache) as sbatch:
-        return cache.find_slot(sbatch.split_equal(len(tokens)))
-
-
-def add(cache: KVCache, n: int, seq: int = 0) -> None:
-    """Add n tokens one by one, and rows that tell which sequence and position they are of."""
-    tier = cache.hot if isinstance(cache, MixedKVCache) else cache.tier
-    for _ in range(n):
-        pos = cache.seq_pos_max(seq) + 1
-        (cell,) = find(cache, [(pos, seq)])
-        cache.commit()
-        stream = seq if cache.n_stream > 1 else 0
-        for layer in range(tier.n_layer):
-            for set_rows, head in ((tier.set_k, tier.head_size_k), (tier.set_v, tier.head_size_v)):
-                set_rows(layer, cell, np.full((1, tier.n_head_kv, head), 16 * seq + pos), stream)
-
-
-def positions(cache: MixedKVCache, seq: int = 0) -> tuple[list[int], list[int]]:
-    """Hot and cold."""
-    stream = seq if cache.n_stream > 1 else 0
-    hot, cold = (sorted(c.pos for c in t.cells(stream) if seq in c.seq_ids) for t in (cache.hot, cache.cold))
-    return hot, cold
-
-
-def snapshot(cache: MixedKVCache) -> tuple:
-    """All there is to see."""
-    cells = [tier.cells(s) for tier in (cache.hot, cache.cold) for s in range(cache.n_stream)]
-    return cells, cache.state_write(), cache.params
 
 
 #

@@ -9,10 +9,10 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
+from helpers.reference_cache import NoRoom, ReferenceCache
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from reference_cache import NoRoom, ReferenceCache
 
 from llamamix import Batch, CacheError, KVMixedParams, MixedKVCache, SBatch, UBatch, ggml
 from llamamix._ffi import lib

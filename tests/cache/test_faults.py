@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import raw
-from reference import environment, library_dir
-from test_migration import ATOL, F32, random_tokens
+from helpers import raw
+from helpers.allowances import ATOL, F32
+from helpers.paths import ROOT
+from helpers.processes import environment, library_dir
+from helpers.tiny_model import random_tokens
 
 from llamamix import Context, ContextError, ContextFullError, DecodeAborted, KVMixedParams, MixedKVCache, Trace
 from llamamix import _ffi as bindings
@@ -317,7 +319,7 @@ print("same" if np.array_equal(small.logits, before) else "other")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="an address space that can be limited")
 @pytest.mark.skipif("LLAMAMIX_TEST_SANITIZER" in os.environ, reason="sanitizers take the address space")
 def test_memory_runs_out(tiny_model_path: Path) -> None:
-    env = environment(LLAMAMIX_LIB_PATH=str(library_dir()), PYTHONPATH=str(Path(__file__).parents[1]))
+    env = environment(LLAMAMIX_LIB_PATH=str(library_dir()), PYTHONPATH=str(ROOT))
     command = [sys.executable, "-c", PROGRAM, str(tiny_model_path)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

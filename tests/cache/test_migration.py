@@ -14,23 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import Full, Tiering, environment, library_dir
+from helpers.allowances import ATOL, F32
+from helpers.processes import environment, library_dir
+from helpers.tiering import Full, Tiering
+from helpers.tiny_model import random_tokens
 
 from llamamix import Context, ContextError, ContextFullError, DecodeAborted, KVMixedParams, Model
 
 MakeContext = Callable[..., Context]
-
-N_VOCAB = 400
-
-F32 = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}
-
-# The order of sums: sqrt(512) * 2**-24 = 1.3e-6 of values 3 in size, times 5 for two layers with queries of twice unit
-# size, times 5 for the largest of many errors. A missing row of 500 changes logits by 1e-2 and more.
-ATOL = 1.3e-6 * 3 * 5 * 5
-
-
-def random_tokens(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(3, N_VOCAB, n)
 
 
 def counts(context: Context) -> dict[str, int]:

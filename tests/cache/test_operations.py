@@ -12,11 +12,12 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import raw
-from reference import Llama, Storage, Tiering
-from test_migration import ATOL, F32, random_tokens
-from test_quantised import allowance, flips, rms
-from tiny_model import write_tiny_model
+from helpers import raw
+from helpers.allowances import ATOL, F32, allowance, flips, rms
+from helpers.llama import Llama
+from helpers.rows import Storage
+from helpers.tiering import Tiering
+from helpers.tiny_model import random_tokens, write_tiny_model
 
 from llamamix import Context, ContextFullError, KVMixedParams, Model
 from llamamix import _ffi as bindings

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import raw
-from test_cache import SHAPE, add, positions, snapshot
-from tiny_model import write_tiny_model
+from helpers import raw
+from helpers.by_hand import SHAPE, add, positions, snapshot
+from helpers.tiny_model import write_tiny_model
 
 from llamamix import CacheError, Context, ContextError, KVMixedParams, MixedKVCache, Model
 

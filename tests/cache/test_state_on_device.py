@@ -8,7 +8,7 @@ from __future__ import annotations
 import cffi
 import numpy as np
 import pytest
-from reference import library_dir
+from helpers.processes import library_dir
 
 from llamamix import Context, Model, _ffi
 

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import cffi
-from reference import library_dir
 
 from llamamix import Context
 from llamamix import _ffi as bindings
+
+from .processes import library_dir
 
 ffi = cffi.FFI()
 ffi.cdef(

@@ -266,3 +266,8 @@ def _add_vocab(writer: gguf.GGUFWriter, n_vocab: int) -> None:
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
+
+
+def random_tokens(n: int, seed: int = 0) -> np.ndarray:
+    """Tokens of text, int64 [n]."""
+    return np.random.default_rng(seed).integers(3, 400, n)

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import find_program, rewrite_gguf
-from tiny_model import write_tiny_model
-from tool_modules import TOOLS, load_tool
+from helpers.families import WRITE
+from helpers.paths import DOCS
+from helpers.processes import find_program
+from helpers.tools import load_tool
 
 from llamamix import (
     Context,
@@ -35,7 +36,6 @@ from llamamix.cli import main
 N_PROMPT, N_TOKENS = 1000, 1100
 N_CTX = 1280
 TOKENS = np.random.default_rng(0).integers(3, 400, 3 * N_TOKENS)
-N_SWA = 64
 
 MARGIN = 6.0  # of the largest difference, as in test_identity.py
 
@@ -44,26 +44,6 @@ HOT = {"hot": 128, "group": 32, "sink": 4, "cold": "f32"}
 
 FAMILIES = ("iswa", "shared", "hybrid")
 N_LAYER_MIXED = {"iswa": 1, "shared": 2, "hybrid": 2}
-
-
-def write_iswa(path: Path) -> Path:
-    """Three of four layers with a sliding window. Its layers add attention and FFN to the same input."""
-    llama = write_tiny_model(path.with_suffix(".llama"), head_size=32, n_layer=4)
-    extra = {"attention.sliding_window": N_SWA, "logit_scale": 0.3, "attention.layer_norm_epsilon": 1e-5}
-    return rewrite_gguf(llama, path, arch="cohere2", drop=[r"output\.", r"blk\.\d\.ffn_norm"], extra=extra)
-
-
-def write_shared(path: Path) -> Path:
-    """Sliding windows with heads of another size, and two layers that use the K and V of others."""
-    return write_tiny_model(path, arch="gemma4", n_layer=6)
-
-
-def write_hybrid(path: Path) -> Path:
-    """Every other layer recurrent."""
-    return write_tiny_model(path, arch="lfm2", n_layer=4, n_head=4, head_size=32, n_embd=128)
-
-
-WRITE = {"iswa": write_iswa, "shared": write_shared, "hybrid": write_hybrid}
 
 
 @pytest.fixture(scope="module")
@@ -527,7 +507,7 @@ def test_gemma3(gemma3: Model, botchan_path: Path) -> None:
 # all architectures
 #
 
-PAGE = TOOLS.parent / "docs" / "architectures.md"
+PAGE = DOCS / "architectures.md"
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 from gguf import GGMLQuantizationType as Type
-from reference import environment, library_dir
-from test_families import WRITE
-from tiny_model import write_tiny_model
+from helpers.families import WRITE
+from helpers.processes import environment, library_dir
+from helpers.tiny_model import write_tiny_model
 
 import llamamix
 

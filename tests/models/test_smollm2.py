@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference import Tiering
+from helpers.tiering import Tiering
 
 from llamamix import Context, KVMixedParams, Model, SamplingParams
 

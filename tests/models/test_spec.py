@@ -12,8 +12,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from reference import environment, library_dir, rewrite_gguf
-from tiny_model import write_tiny_model
+from helpers.gguf_copy import rewrite_gguf
+from helpers.processes import environment, library_dir
+from helpers.tiny_model import write_tiny_model
 
 import llamamix
 from llamamix import Context, ContextError, KVMixedParams, Model, ParamsError

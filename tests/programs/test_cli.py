@@ -14,7 +14,7 @@ from pathlib import Path
 
 import gguf
 import pytest
-from tiny_model import write_tiny_model
+from helpers.tiny_model import write_tiny_model
 
 import llamamix.pull
 from llamamix import Context, Model, SamplingParams

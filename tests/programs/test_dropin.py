@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import environment, find_program, library_dir
-from tiny_model import write_tiny_model
+from helpers.processes import environment, find_program, library_dir
+from helpers.tiny_model import write_tiny_model
 
 from llamamix import Context, Model
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from reference import environment
+from helpers.processes import environment
 
 from llamamix import KVMixedParams, ServerError
 from llamamix.server import Server, find_server

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_model import write_tiny_model
+from helpers.tiny_model import write_tiny_model
 
 from llamamix import (
     Context,

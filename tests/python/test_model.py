@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tiny_model import write_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import write_tiny_model
 
 from llamamix import Context, ContextError, LibraryError, Model, ModelError, ParamsError, _ffi
 

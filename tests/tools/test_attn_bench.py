@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import TOOLS
 
 from llamamix.attention import isas
 
-TOOL = Path(__file__).parent.parent / "tools" / "attn_bench.py"
+TOOL = TOOLS / "attn_bench.py"
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:

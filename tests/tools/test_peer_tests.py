@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from tool_modules import load_tool
+from helpers.tools import load_tool
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import environment
-from tool_modules import TOOLS, load_tool
+from helpers.paths import TOOLS
+from helpers.processes import environment
+from helpers.tools import load_tool
 
 from llamamix import ServerError
 from llamamix.server import find_server

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tool_modules import TOOLS, load_tool
+from helpers.paths import TOOLS
+from helpers.tools import load_tool
 
 SCRIPT = TOOLS.resolve() / "vendor.py"
 

@@ -23,9 +23,10 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from helpers.rows import hadamard
+from helpers.tiering import Tiering
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import Tiering, hadamard
 from rich.console import Console
 
 from llamamix import (
