@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.allowances import F32_ERROR, STEP, allowance, flips, rms
+from helpers.allowances import ATOL, F32_ERROR, STEP, allowance, flips, rms
 from helpers.llama import Llama, Tamper
 from helpers.rows import Storage
 from helpers.tiering import Tiering, View
@@ -136,10 +136,8 @@ def test_any_types(cold_k: str, cold_v: str, attn: str, run: Run, models: Callab
 @pytest.mark.parametrize("attn", ATTN)
 def test_f32(attn: str, run: Run, models: Callable, expected: Callable) -> None:
     """The reference is right, and so are all kinds of rows, before anything is quantised."""
-    # sums of 128 to 500 products are off by 500 ** 0.5 * 2**-24 = 1.3e-6 of their size; logits are 3 in size, 2 layers
-    # of queries with twice unit size add a factor below 5, and the largest of 200,000 errors is 5 times the typical one
     actual = run.logits(models(n_layer=2)[0], cold="f32", attn=attn)
-    assert np.abs(actual - expected("f32", "f32", "f32")).max() < 1.3e-6 * 3 * 5 * 5
+    assert np.abs(actual - expected("f32", "f32", "f32")).max() < ATOL
 
 
 def test_the_error_follows_the_step(run: Run, models: Callable, expected: Callable) -> None:
@@ -268,8 +266,7 @@ def test_every_code(models: Callable) -> None:
     expected = reference.logits(run.tokens, views, Storage(), look)
     assert min(nearest) > 10 * F32_ERROR
     actual = run.logits(model, cold="q4_0")
-    # as in test_f32
-    assert np.abs(actual - expected).max() < 1e-4
+    assert np.abs(actual - expected).max() < ATOL
 
 
 def distance_to_border(rows: np.ndarray) -> float:
