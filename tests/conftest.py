@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import write_tiny_model
+from helpers.tiny_model import write_tiny_model
 
 from llamamix import Context, Model, PullError
 from llamamix.pull import pull

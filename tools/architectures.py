@@ -30,7 +30,7 @@ TOOL = Path(__file__).parent.parent / "build" / "cpu" / "bin" / "test-llama-arch
 N_PROMPT, N_TOKENS = 330, 400
 N_LEARNED = 250  # positions of models that learn them one by one: the toys have 256
 
-# As in tests/test_identity.py: how far the order of sums may set two exact runs apart is measured with a plain cache
+# As in test_identity.py: how far the order of sums may set two exact runs apart is measured with a plain cache
 # against itself with its cells in another order, and the mixed one may be MARGIN times as far off. Toys are small enough
 # for that to be 0; then it is what F32 sums allow: 4e-4 for logits of standard deviation 3, and in proportion.
 MARGIN = 6.0
@@ -58,7 +58,7 @@ a sliding window (in the context's own type), the state of recurrent layers. *re
 the reason is what it says.
 
 No toys are made of some architectures: Gemma 3n, T5 (refused for its relative position buckets) and Gemma 4, of which
-`tests/tiny_model.py` writes one. The way in is the same for all: where upstream makes a plain cache for layers that attend
+`tests/helpers/tiny_model.py` writes one. The way in is the same for all: where upstream makes a plain cache for layers that attend
 to the whole context, the mixed one takes its place; any other memory is refused.
 
 | architecture | KV cache | layers mixed | rest | largest difference / allowed |

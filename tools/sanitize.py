@@ -3,7 +3,7 @@
 
     python tools/sanitize.py asan               # addresses and undefined behaviour; assertions are on
     python tools/sanitize.py tsan               # data races; two threads compute, without OpenMP
-    python tools/sanitize.py asan tests/test_cache.py -x  # what pytest takes: files first, then options
+    python tools/sanitize.py asan tests/cache/test_cache.py -x  # what pytest takes: files first, then options
 
 It builds the preset of that name (minutes, the first time) and runs the tests of the cache and of contexts unless told
 otherwise. The first finding ends the run. Python itself is not instrumented: the sanitizer's runtime is loaded before it.

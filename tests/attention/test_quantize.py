@@ -1,0 +1,156 @@
+"""What a migration on the CPU makes of rows: the same bits by every instruction set, and ggml's.
+
+The expectation is numpy's float32 arithmetic, operation by operation: there is no rounding to allow for.
+"""
+
+from __future__ import annotations
+
+import platform
+
+import cffi
+import numpy as np
+import pytest
+from helpers import emulated
+from helpers.processes import library_dir
+from helpers.rows import fwht, migrated
+
+from llamamix import ggml
+from llamamix._ffi import _file_name, ffi, lib
+from llamamix.attention import isas
+from llamamix.params import KV_TYPES
+
+ALL_ISAS = isas() + emulated.emulated_isas()
+
+N_ROWS = 40
+SOURCES = ("f32", "f16", "bf16")
+TARGETS = ("q4_0", "q8_0")
+
+
+def numbers(kind: str, n: int) -> np.ndarray:
+    """Float32 [N_ROWS, n]."""
+    rng = np.random.default_rng(n)
+    normal = rng.normal(size=(N_ROWS, n)).astype(np.float32)
+    if kind == "large":
+        return normal * np.float32(1e3)
+    if kind == "tiny":
+        return normal * np.float32(1e-5)  # scales are subnormal in F16
+    if kind == "outliers":
+        return np.where(rng.random(normal.shape) < 0.02, normal * np.float32(100), normal)
+    if kind == "ties":  # the largest value of a block with both signs, in either order, and values between two steps
+        return rng.integers(-8, 9, normal.shape).astype(np.float32) / np.float32(2)
+    if kind == "zeros":
+        return np.where(rng.random((N_ROWS, n // 32, 1)) < 0.5, 0, normal.reshape(N_ROWS, -1, 32)).reshape(N_ROWS, n)
+    if kind == "negative zeros":
+        return np.full_like(normal, -0.0)
+    return {"normal": normal, "negative": -np.abs(normal), "positive": np.abs(normal)}[kind]
+
+
+KINDS = ["normal", "large", "tiny", "outliers", "ties", "zeros", "negative zeros", "negative", "positive"]
+
+
+def expected(src: ggml.Tensor, kv_type: str, n_rot: int) -> np.ndarray:
+    return migrated(ggml.cpy(src, "f32").data, kv_type, n_rot)
+
+
+def quantize(src: ggml.Tensor, kv_type: str, n_rot: int = 0, isa: str | None = None) -> np.ndarray:
+    if isa in emulated.emulated_isas():
+        return emulated.quantize(isa, src, kv_type, n_rot)
+    n, n_rows = src.ne
+    # with bytes around it that must stay
+    res = np.full(n_rows * ggml.row_size(kv_type, n) + 128, 0xA5, np.uint8)
+    dst = ffi.from_buffer(res[64:])
+    name = isa.encode() if isa else ffi.NULL
+    args = ffi.from_buffer(src.data), KV_TYPES[src.type], dst, KV_TYPES[kv_type], n_rows, n, n_rot, name
+    assert lib.llama_kv_mixed_quantize(*args) == 0
+    assert (res[:64] == 0xA5).all() and (res[-64:] == 0xA5).all()
+    return res[64:-64].reshape(n_rows, -1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n_rot", [0, 32, 64, 128, 512, 1024])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_bits(source: str, target: str, n_rot: int, kind: str) -> None:
+    for n in {max(n_rot, 32), max(3 * n_rot, 96)}:
+        src = ggml.quantize(numbers(kind, n), source)
+        for isa in ALL_ISAS:
+            np.testing.assert_array_equal(quantize(src, target, n_rot, isa), expected(src, target, n_rot), err_msg=isa)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="elsewhere ggml fuses products and sums")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_bits_are_ggmls(target: str, kind: str) -> None:
+    src = ggml.quantize(numbers(kind, 1024), "f32")
+    np.testing.assert_array_equal(quantize(src, target), ggml.cpy(src, target).data)
+
+
+ffi_ggml = cffi.FFI()
+ffi_ggml.cdef("""
+    void * ggml_new_tensor_2d(void * ctx, int32_t type, int64_t ne0, int64_t ne1);
+    void * ggml_mul_mat(void * ctx, void * a, void * b);
+    void   ggml_mul_mat_set_hint(void * tensor, int32_t hint);
+""")
+HINT_SRC0_IS_HADAMARD = 1
+
+
+@pytest.mark.parametrize("n_rot", [64, 128, 256])
+def test_the_rotation_is_ggmls(n_rot: int) -> None:
+    """The operation that a graph has for it."""
+    base = ffi_ggml.dlopen(str(library_dir() / _file_name("ggml-base")))
+    x = numbers("normal", 3 * n_rot)
+    turned = np.empty_like(x)
+    with ggml.graph(16) as (ctx, backend):
+        c = ffi_ggml.cast("void *", int(ffi.cast("uintptr_t", ctx)))
+        matrix, rows = (base.ggml_new_tensor_2d(c, KV_TYPES["f32"], n_rot, n) for n in (n_rot, x.size // n_rot))
+        product = base.ggml_mul_mat(c, matrix, rows)
+        base.ggml_mul_mat_set_hint(product, HINT_SRC0_IS_HADAMARD)
+        matrix, rows, product = (
+            ffi.cast("struct ggml_tensor *", int(ffi_ggml.cast("uintptr_t", t))) for t in (matrix, rows, product)
+        )
+        graph = lib.ggml_new_graph_custom(ctx, 16, False)
+        lib.ggml_build_forward_expand(graph, product)
+        with ggml.buffer(ctx, backend):
+            lib.ggml_backend_tensor_set(rows, ffi.from_buffer(x), 0, x.nbytes)
+            assert lib.ggml_backend_graph_compute(backend, graph) == 0
+            lib.ggml_backend_tensor_get(product, ffi.from_buffer(turned), 0, turned.nbytes)
+    np.testing.assert_array_equal(fwht(x, n_rot), turned)
+
+
+def test_rotation_and_type_matter() -> None:
+    """What the comparisons above would miss if everything came out the same."""
+    src = ggml.quantize(numbers("normal", 128), "f16")
+    found = {(t, n): quantize(src, t, n).tobytes() for t in TARGETS for n in (0, 32, 64, 128)}
+    assert len(set(found.values())) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"n": 33}, "rows of 33 values of type 1, rotated in blocks of 0, do not go to type 2"),
+        ({"n": 0}, "rows of 0 values of type 1, rotated in blocks of 0, do not go to type 2"),
+        ({"n_rot": 16}, "rows of 96 values of type 1, rotated in blocks of 16, do not go to type 2"),
+        ({"n_rot": 64}, "rows of 96 values of type 1, rotated in blocks of 64, do not go to type 2"),
+        ({"n_rot": 96}, "rows of 96 values of type 1, rotated in blocks of 96, do not go to type 2"),
+        ({"n_rot": -32}, "rows of 96 values of type 1, rotated in blocks of -32, do not go to type 2"),
+        ({"n_rot": 2048, "n": 2048}, "rows of 2048 values of type 1, rotated in blocks of 2048, do not go to type 2"),
+        ({"target": 6}, "rows of 96 values of type 1, rotated in blocks of 0, do not go to type 6"),
+        ({"source": 8}, "rows of 96 values of type 8, rotated in blocks of 0, do not go to type 2"),
+        ({"source": -1}, "rows of 96 values of type -1, rotated in blocks of 0, do not go to type 2"),
+        ({"n_rows": -1}, "there are no rows"),
+        ({"src": ffi.NULL}, "there are no rows"),
+        ({"isa": b"sse2"}, f"this machine does not run 'sse2' (it has {' '.join(isas())})"),
+    ],
+    ids=str,
+)
+def test_what_can_not_be_is_refused(changes: dict[str, object], reason: str) -> None:
+    src, dst = np.zeros(4096, np.float16), np.full(4096, 0xA5, np.uint8)
+    args = {
+        "src": ffi.from_buffer(src), "source": 1, "dst": ffi.from_buffer(dst), "target": 2, "n_rows": 1, "n": 96,
+        "n_rot": 0, "isa": ffi.NULL,
+    }  # fmt: skip
+    assert lib.llama_kv_mixed_quantize(*(args | changes).values()) == -1
+    assert ffi.string(lib.llama_kv_mixed_last_error()).decode() == reason
+    assert (dst == 0xA5).all()
+    assert lib.llama_kv_mixed_quantize(*args.values()) == 0
+    assert not (dst[:54] == 0xA5).any()

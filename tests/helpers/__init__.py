@@ -1,0 +1,1 @@
+"""What the tests share, one subject a file. No test imports another one."""

@@ -1,0 +1,50 @@
+"""How far two ways to compute the same may be apart, and how much of what a type of rows does may be missed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+F32 = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}
+
+# The order of sums: sqrt(512) * 2**-24 = 1.3e-6 of values 3 in size, times 5 for two layers with queries of twice unit
+# size, times 5 for the largest of many errors. A missing row of 500 changes logits by 1e-2 and more.
+ATOL = 1.3e-6 * 3 * 5 * 5
+
+# a value of a unit-variance row is off by about this where ggml computes in F32 and the reference in float64
+F32_ERROR = 3e-7
+
+# The distance of two neighbouring values that a type can store, for rows of unit variance: blocks of 32 reach to 2.5,
+# or from -2.2 to 2.2, in so many steps. For the floating point types half the distance of neighbours between 1 and 2.
+STEP = {
+    "q4_0": 2.5 / 8,
+    "q4_1": 4.4 / 15,
+    "q5_0": 2.5 / 16,
+    "q5_1": 4.4 / 31,
+    "q8_0": 2.5 / 127,
+    "bf16": 2**-8,
+    "f16": 2**-11,
+}
+
+
+def flips(kv_type: str) -> float:
+    """How much of the effect of storing rows in a type may be missed, as a ratio of root mean squares.
+
+    A value that is off by e ends up on the wrong side of a border with a probability of 2 * e / step, and is a step off
+    then. Storing it is step / sqrt(12) off in any case. The factor is for rows of later layers, which are off by more.
+    """
+    return 4 * np.sqrt(12 * 2 * F32_ERROR / STEP[kv_type])
+
+
+# Q4_0 stores a value of K as one of 8 steps to the largest of its block; the fused kernel rounds one of the query to
+# one of 127. Relative to the size of the values, the largest are alike: the query's rounding changes scores by 8 / 127 of
+# what K's does. Twice that is for single tokens that see more cold rows than the average, and for later layers.
+QUERY = 2 * 8 / 127
+
+
+def allowance(attn: str, cold_k: str = "q4_0", head_size: int = 64) -> float:
+    """How much of the effect of storing K in a type the rounding of queries may add."""
+    return QUERY if attn == "fused" and cold_k == "q4_0" and head_size % 64 == 0 else 0.0
+
+
+def rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))

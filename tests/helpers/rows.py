@@ -1,0 +1,89 @@
+"""How rows of K and V are stored, in numpy: rotated and quantised by ggml's operations, without its code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+
+
+def hadamard(n: int) -> np.ndarray:
+    """The orthonormal Walsh-Hadamard matrix, its own inverse."""
+    h = np.ones((1, 1))
+    while len(h) < n:
+        h = np.block([[h, h], [h, -h]])
+    return h / np.sqrt(n)
+
+
+def rotation(n: int, head_size: int) -> np.ndarray:
+    """Head-sized, with blocks of n."""
+    return np.kron(np.eye(head_size // n), hadamard(n))
+
+
+def fwht(x: np.ndarray, n: int) -> np.ndarray:
+    """Float32 rows times hadamard(n) in blocks of n, by ggml's operations in ggml's order (ggml_compute_forward_fwht)."""
+    res = x.reshape(-1, n) * (np.float32(1) / np.sqrt(np.float32(n)))
+    for h in (2**i for i in range(n.bit_length() - 1)):
+        a, b = np.moveaxis(res.reshape(-1, n // (2 * h), 2, h), 2, 0)
+        res = np.stack([a + b, a - b], axis=2).reshape(-1, n)
+    return res.reshape(x.shape)
+
+
+def q4_0(x: np.ndarray) -> np.ndarray:
+    """ggml's quantize_row_q4_0_ref(), in float32."""
+    x = x.reshape(-1, 32)
+    most = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)  # the first of several
+    d = np.where(most == 0, np.float32(0), most) / np.float32(-8)
+    with np.errstate(divide="ignore"):
+        factor = np.where(d == 0, np.float32(0), np.float32(1) / d)
+    q = np.minimum(np.trunc(x * factor + np.float32(8.5)), 15).astype(np.uint8)
+    return np.hstack([d.astype(np.float16).view(np.uint8), q[:, :16] | q[:, 16:] << 4])
+
+
+def q8_0(x: np.ndarray) -> np.ndarray:
+    """ggml's quantize_row_q8_0() for x86, in float32."""
+    x = x.reshape(-1, 32)
+    most = np.abs(x).max(axis=1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        factor = np.where(most == 0, np.float32(0), np.float32(127) / most)
+    d = (most / np.float32(127)).astype(np.float16)
+    return np.hstack([d.view(np.uint8), np.rint(x * factor).astype(np.int8).view(np.uint8)])
+
+
+def migrated(rows: np.ndarray, kv_type: str, n_rot: int) -> np.ndarray:
+    """The bytes that a migration on the CPU makes of hot rows, every bit of them; n_rot 0: they are not rotated."""
+    x = np.asarray(rows, np.float32)
+    x = fwht(x, n_rot) if n_rot else x
+    return {"q4_0": q4_0, "q8_0": q8_0}[kv_type](x).reshape(*rows.shape[:-1], -1)
+
+
+def quantise(rows: np.ndarray, kv_type: str) -> np.ndarray:
+    """What is left of rows, in float64, after they were stored in a ggml type. The last dimension holds the blocks."""
+    rows = np.ascontiguousarray(rows, np.float32)
+    if kv_type == "f32":
+        return rows.astype(np.float64)
+    if kv_type == "f16":
+        return rows.astype(np.float16).astype(np.float64)
+    number = gguf.GGMLQuantizationType[kv_type.upper()]
+    return gguf.quants.dequantize(gguf.quants.quantize(rows, number), number).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The types that rows are stored in, and whether cold ones are rotated first (None: as the library does)."""
+
+    hot: str = "f32"
+    cold_k: str = "q4_0"
+    cold_v: str = "q4_0"
+    rotate: bool | None = None
+
+    def rotations(self, head_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """For K the largest power of two that divides the head, for V blocks of 64; none for types with no blocks."""
+
+        def one(kv_type: str, n: int) -> np.ndarray:
+            wanted = kv_type not in ("f32", "f16", "bf16") and head_size % 64 == 0
+            wanted = wanted if self.rotate is None else self.rotate
+            return rotation(n, head_size) if wanted else np.eye(head_size)
+
+        return one(self.cold_k, head_size & -head_size), one(self.cold_v, 64)
