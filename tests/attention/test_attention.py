@@ -723,3 +723,57 @@ def test_ggmls_kernel_is_asked_for_nothing_it_aborts_on() -> None:
     assert not flash.compute().any()
     flash.close()
     flash.close()
+
+
+#
+# rows that are not finite
+#
+
+
+def fill(rows: np.ndarray, kv_type: str, value: float) -> None:
+    """Makes all values of rows of a type this one: outright, or by the scale that each block begins with."""
+    if kv_type in ("f16", "f32"):
+        rows[...] = value
+    else:
+        n_bytes = ggml.row_size(kv_type, BLOCK)
+        blocks = rows.reshape(*rows.shape[:-1], -1, n_bytes)  # a view
+        blocks[..., :2] = np.array([value], np.float16).view(np.uint8)
+        if value == 0 and kv_type == "q5_1":
+            blocks[..., 2:4] = 0  # what is added to all values
+
+
+@pytest.mark.parametrize("n_tokens", [2, 40])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("which", "kv")
+@pytest.mark.parametrize("cold", STORED)
+def test_rows_that_are_not_finite_stay_with_those_who_see_them(
+    cold: str, which: str, value: float, n_tokens: int
+) -> None:
+    """Some cells hold NaN or infinity. Tokens that do not see them get what they would get with zeros there."""
+    case = Case(cold_k=cold, cold_v=cold, n_tokens=n_tokens, mask="causal")
+    side, cells = "kv".index(which), {"cold": np.r_[20:23, 110:128, 490:500], "hot": np.r_[50:60, 120:127]}
+    columns = np.r_[cells["cold"], case.n_cold + cells["hot"]]
+    half = n_tokens // 2
+
+    def make(value: float) -> Data:
+        data = make_data(case)
+        assert data.mask is not None
+        data.mask[...] = 0
+        data.mask[:, half:, columns] = -np.inf
+        for tier, kv_type in (("cold", cold), ("hot", case.hot_k)):
+            rows = [np.array(x) for x in getattr(data, tier)]
+            part = np.ascontiguousarray(rows[side][:, cells[tier]])
+            fill(part, kv_type, value)
+            rows[side][:, cells[tier]] = part
+            setattr(data, tier, tuple(rows))
+        getattr(data, which)[:, columns] = 0  # for the reference of those that do not see them
+        return data
+
+    zeros, data = make(0.0), make(value)
+    expected = reference(zeros)
+    worst, _ = bounds(zeros, expected)
+    for isa in ALL_ISAS:
+        actual = data.compute(isa)
+        assert np.all(np.abs(actual - expected.out)[:, half:] <= worst[:, half:])
+        if which == "v" and cold == "f16":
+            assert not np.any(np.isfinite(actual[:, :half]))  # but those that see them get them

@@ -174,4 +174,32 @@ void attend_gemm(const attn_args & a, const attn_plan & p, const workspace & w, 
     }
 }
 
+// Any number of query rows, cell by cell, past all that a row's mask hides. Slow: for tiles with rows that are not finite,
+// which must not get into the results of those that do not see them.
+void attend_by_cell(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows, int64_t n_tokens, const kv_tile & kv, const mask_kind * kind) {
+    (void) n_tokens;
+
+    expand(kv.format_k, kv.k, a.n_embd_k, w.K, p.ld_k);
+    expand(kv.format_v, kv.v, a.n_embd_v, w.V, p.ld_v);
+
+    for (int64_t r = 0; r < n_rows; ++r) {
+        const int64_t t = r/p.n_gqa;
+        const float * mask = kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE;
+        float * O = w.O + r*p.ld_v;
+
+        format_f32.dot({ 1, a.n_embd_k, w.Q + r*p.ld_k, p.ld_k, nullptr, as_floats(kv.k, w.K, p.ld_k), nullptr, w.S });
+
+        softmax_row(w.S, kv.k.n, mask, w.slope[r % p.n_gqa], a.logit_softcap, O, p.ld_v, w.m[r], w.s + r*V_LEN);
+
+        for (int j = 0; j < kv.v.n; ++j) {
+            if (mask && mask[j] == -INFINITY) {
+                continue;
+            }
+            for (int64_t i = 0; i < p.ld_v; i += V_LEN) {
+                v_store(O + i, v_fma(v_set(w.S[j]), v_load(w.V + j*p.ld_v + i), v_load(O + i)));
+            }
+        }
+    }
+}
+
 } // namespace

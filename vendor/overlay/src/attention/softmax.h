@@ -37,7 +37,8 @@ KVM_UNROLL
             x[i] = v_mul(v_set(softcap), v_tanh(x[i]));
         }
         if (mask) {
-            x[i] = v_fma(v_set(slope), v_load(mask + i*V_LEN), x[i]);
+            const vf y = v_load(mask + i*V_LEN);
+            x[i] = v_hide(v_fma(v_set(slope), y, x[i]), y); // whatever the score of a cell that is hidden
         }
     }
 

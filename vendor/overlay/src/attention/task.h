@@ -87,18 +87,6 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
 
     const auto workspace_of = [&](int64_t h) { return get_workspace(p, scratch, part0 + h, h); };
 
-    for (int64_t h = 0; h < p.n_hpt; ++h) {
-        const workspace w = workspace_of(h);
-        for (int64_t r = 0; r < n_rows; ++r) {
-            w.m[r] = -INFINITY;
-            v_store(w.s + r*V_LEN, v_zero());
-        }
-        memset(w.O, 0, n_rows*p.ld_v*sizeof(float));
-        for (int64_t g = 0; g < p.n_gqa; ++g) {
-            w.slope[g] = alibi_slope(a, (ikv0 + h)*p.n_gqa + g);
-        }
-    }
-
     // the chunk's tiles; none lies in both segments
     const int64_t n_tile[2] = { (a.seg[0].n_kv + TILE - 1)/TILE, (a.seg[1].n_kv + TILE - 1)/TILE };
 
@@ -137,55 +125,83 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
     float * mask = workspace_of(0).mask;
     mask_kind kind[LLAMA_KV_MIXED_ATTN_MAX_ROWS];
 
-    int i_seg = -1;
-
-    for (int64_t it = begin; it < end; ++it) {
-        const int i = it >= n_tile[0];
-        const auto & seg = a.seg[i];
-
-        for (int64_t h = 0; i != i_seg && h < p.n_hpt; ++h) {
+    // heads [h0, h1) of the task through all its tiles
+    const auto walk = [&](int64_t h0, int64_t h1, decltype(&attend) attend_tile) {
+        for (int64_t h = h0; h < h1; ++h) {
             const workspace w = workspace_of(h);
-            if (i_seg == 0) {
-                rotate_back(a, p, w, n_rows);
+            for (int64_t r = 0; r < n_rows; ++r) {
+                w.m[r] = -INFINITY;
+                v_store(w.s + r*V_LEN, v_zero());
             }
-            const int32_t query = (int32_t) (2*(part0 + h) + i);
-            if (*w.kept != query) {
-                load_query(a, p, w, ikv0 + h, stream, token0, n_rows, i);
-                *w.kept = query;
+            memset(w.O, 0, n_rows*p.ld_v*sizeof(float));
+        }
+
+        int i_seg = -1;
+
+        for (int64_t it = begin; it < end; ++it) {
+            const int i = it >= n_tile[0];
+            const auto & seg = a.seg[i];
+
+            for (int64_t h = h0; i != i_seg && h < h1; ++h) {
+                const workspace w = workspace_of(h);
+                if (i_seg == 0) {
+                    rotate_back(a, p, w, n_rows);
+                }
+                const int32_t query = (int32_t) (2*(part0 + h) + i);
+                if (*w.kept != query) {
+                    load_query(a, p, w, ikv0 + h, stream, token0, n_rows, i);
+                    *w.kept = query;
+                }
+            }
+            i_seg = i;
+
+            const int64_t cell = (it - (i ? n_tile[0] : 0))*TILE;
+            const int64_t col  = cell + (i ? a.seg[0].n_kv : 0); // of the mask
+            const int n = (int) (seg.n_kv - cell < TILE ? seg.n_kv - cell : TILE);
+
+            int n_seen = 0; // cells behind these are hidden from all
+            for (int64_t t = 0; t < n_tokens; ++t) {
+                kind[t] = load_mask(a, stream, token0 + t, col, n, mask + t*TILE);
+                n_seen = count_seen(kind[t], n, mask + t*TILE, n_seen);
+            }
+            if (n_seen == 0) {
+                continue;
+            }
+
+            for (int64_t h = h0; h < h1; ++h) {
+                const auto get_tile = [&](bool is_v) {
+                    const int64_t n_block = ((is_v ? a.n_embd_v : a.n_embd_k) + BLOCK - 1)/BLOCK;
+                    return tile { locate(it, ikv0 + h, stream, is_v), n_seen, n_block, locate_next(it, h, is_v) };
+                };
+
+                attend_tile(a, p, workspace_of(h), n_rows, n_tokens,
+                    { get_format(seg.type_k), get_format(seg.type_v), get_tile(false), get_tile(true) }, kind);
             }
         }
-        i_seg = i;
 
-        const int64_t cell = (it - (i ? n_tile[0] : 0))*TILE;
-        const int64_t col  = cell + (i ? a.seg[0].n_kv : 0); // of the mask
-        const int n = (int) (seg.n_kv - cell < TILE ? seg.n_kv - cell : TILE);
-
-        int n_seen = 0; // cells behind these are hidden from all
-        for (int64_t t = 0; t < n_tokens; ++t) {
-            kind[t] = load_mask(a, stream, token0 + t, col, n, mask + t*TILE);
-            n_seen = count_seen(kind[t], n, mask + t*TILE, n_seen);
+        // where whole chunks are of rotated rows, that waits for the merge
+        for (int64_t h = h0; h < h1; ++h) {
+            if (i_seg == 0 && (p.n_partial == 0 || chunk >= first_segment_chunks(a, p))) {
+                rotate_back(a, p, workspace_of(h), n_rows);
+            }
         }
-        if (n_seen == 0) {
-            continue;
-        }
+    };
 
-        for (int64_t h = 0; h < p.n_hpt; ++h) {
-            const auto get_tile = [&](bool is_v) {
-                const int64_t n_block = ((is_v ? a.n_embd_v : a.n_embd_k) + BLOCK - 1)/BLOCK;
-                return tile { locate(it, ikv0 + h, stream, is_v), n_seen, n_block, locate_next(it, h, is_v) };
-            };
-
-            (p.gemm ? attend_gemm : attend)(a, p, workspace_of(h), n_rows, n_tokens,
-                { get_format(seg.type_k), get_format(seg.type_v), get_tile(false), get_tile(true) }, kind);
+    for (int64_t h = 0; h < p.n_hpt; ++h) {
+        const workspace w = workspace_of(h);
+        for (int64_t g = 0; g < p.n_gqa; ++g) {
+            w.slope[g] = alibi_slope(a, (ikv0 + h)*p.n_gqa + g);
         }
     }
+
+    walk(0, p.n_hpt, p.gemm ? attend_gemm : attend);
 
     for (int64_t h = 0; h < p.n_hpt; ++h) {
         const workspace w = workspace_of(h);
 
-        // where whole chunks are of rotated rows, that waits for the merge
-        if (i_seg == 0 && (p.n_partial == 0 || chunk >= first_segment_chunks(a, p))) {
-            rotate_back(a, p, w, n_rows);
+        // 0 times infinity is not 0: a row that no query sees may have been one of those
+        if (!is_finite(w.O, n_rows*p.ld_v)) {
+            walk(h, h + 1, attend_by_cell);
         }
 
         if (p.n_partial > 0) {

@@ -26,6 +26,8 @@ V_INLINE vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 V_INLINE vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 V_INLINE vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 V_INLINE vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+// x, and -infinity where mask is that
+V_INLINE vf v_hide(vf x, vf mask) { return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(mask, _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ), mask); }
 V_INLINE vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 V_INLINE float v_hsum(vf x) { return _mm512_reduce_add_ps(x); }
 V_INLINE float v_hmax(vf x) { return _mm512_reduce_max_ps(x); }
@@ -142,6 +144,9 @@ V_INLINE vf v_from_int(vi x) { return _mm512_cvtepi32_ps(x); }
 V_INLINE vi v_to_int(vf x) { return _mm512_cvtps_epi32(x); }
 V_INLINE vi v_iadd(vi a, vi b) { return _mm512_add_epi32(a, b); }
 V_INLINE int32_t v_ihsum(vi x) { return _mm512_reduce_add_epi32(x); }
+// the larger ones of numbers that are not negative, whose bits are compared: what is not a number is above all others
+V_INLINE vf v_max_bits(vf a, vf b) { return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
+V_INLINE float v_hmax_bits(vf x) { return f32_from_bits((uint32_t) _mm512_reduce_max_epi32(_mm512_castps_si512(x))); }
 V_INLINE vi v_iload(const void * p) { return _mm512_loadu_si512(p); }
 V_INLINE void v_istore(void * p, vi x) { _mm512_storeu_si512(p, x); }
 // rounded to 16 bits: V_LEN numbers, then V_LEN others

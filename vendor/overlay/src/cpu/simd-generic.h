@@ -26,6 +26,9 @@ V_INLINE vf v_mul(vf a, vf b) { KVM_EACH(a.v[i] * b.v[i]); }
 V_INLINE vf v_div(vf a, vf b) { KVM_EACH(a.v[i] / b.v[i]); }
 V_INLINE vf v_min(vf a, vf b) { KVM_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 V_INLINE vf v_max(vf a, vf b) { KVM_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+V_INLINE vf v_max_bits(vf a, vf b) { KVM_EACH(b.v[i] <= a.v[i] || std::isnan(a.v[i]) ? a.v[i] : b.v[i]); }
+V_INLINE float v_hmax_bits(vf x) { float res = x.v[0]; for (float y : x.v) { res = y <= res || std::isnan(res) ? res : y; } return res; }
+V_INLINE vf v_hide(vf x, vf mask) { KVM_EACH(mask.v[i] == -INFINITY ? mask.v[i] : x.v[i]); }
 V_INLINE vf v_fma(vf a, vf b, vf c) { KVM_EACH(a.v[i]*b.v[i] + c.v[i]); }
 V_INLINE float v_hsum(vf x) { float res = 0.0f; for (float y : x.v) { res += y; } return res; }
 V_INLINE float v_hmax(vf x) { float res = x.v[0]; for (float y : x.v) { res = y > res ? y : res; } return res; }

@@ -26,6 +26,7 @@ V_INLINE vf v_mul(vf a, vf b) { return vmulq_f32(a, b); }
 V_INLINE vf v_div(vf a, vf b) { return vdivq_f32(a, b); }
 V_INLINE vf v_min(vf a, vf b) { return vminq_f32(a, b); }
 V_INLINE vf v_max(vf a, vf b) { return vmaxq_f32(a, b); }
+V_INLINE vf v_hide(vf x, vf mask) { return vbslq_f32(vceqq_f32(mask, vdupq_n_f32(-INFINITY)), mask, x); }
 V_INLINE vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 V_INLINE float v_hsum(vf x) { return vaddvq_f32(x); }
 V_INLINE float v_hmax(vf x) { return vmaxvq_f32(x); }
@@ -121,6 +122,8 @@ V_INLINE vf v_from_int(vi x) { return vcvtq_f32_s32(vreinterpretq_s32_u8(x)); }
 V_INLINE vi v_to_int(vf x) { return vreinterpretq_u8_s32(vcvtnq_s32_f32(x)); }
 V_INLINE vi v_iadd(vi a, vi b) { return vreinterpretq_u8_s32(vaddq_s32(vreinterpretq_s32_u8(a), vreinterpretq_s32_u8(b))); }
 V_INLINE int32_t v_ihsum(vi x) { return vaddvq_s32(vreinterpretq_s32_u8(x)); }
+V_INLINE vf v_max_bits(vf a, vf b) { return vreinterpretq_f32_s32(vmaxq_s32(vreinterpretq_s32_f32(a), vreinterpretq_s32_f32(b))); }
+V_INLINE float v_hmax_bits(vf x) { return f32_from_bits((uint32_t) vmaxvq_s32(vreinterpretq_s32_f32(x))); }
 V_INLINE vi v_iload(const void * p) { return vld1q_u8((const uint8_t *) p); }
 V_INLINE void v_istore(void * p, vi x) { vst1q_u8((uint8_t *) p, x); }
 V_INLINE vi v_to_i16(vf a, vf b) {

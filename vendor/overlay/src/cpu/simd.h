@@ -116,6 +116,15 @@ V_INLINE float exp_1(float x) {
     return res[0];
 }
 
+// n: a multiple of V_LEN
+V_INLINE bool is_finite(const float * x, int64_t n) {
+    vf sum = v_zero();
+    for (int64_t i = 0; i < n; i += V_LEN) {
+        sum = v_fma(v_load(x + i), v_zero(), sum);
+    }
+    return v_hsum(sum) == 0.0f;
+}
+
 // the power of 2 that is 2^x or the next above; x <= 0; at least 2^-100, so that its inverse is no infinity
 V_INLINE float pow2_above(float x) {
     const int n = x < -100.0f ? -100 : (int) x; // towards 0

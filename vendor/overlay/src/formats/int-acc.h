@@ -51,9 +51,9 @@ void acc_rows_int(const float * P, const float * pmax, const tile & v, const boo
         for (int i = 0; i < n; ++i) {
             vf most = v_zero();
             for (int j = 0; j < TILE; j += V_LEN) {
-                most = v_max(most, v_abs(v_load(d[i] + j)));
+                most = v_max_bits(most, v_abs(v_load(d[i] + j)));
             }
-            dmax[i] = v_hmax(most);
+            dmax[i] = v_hmax_bits(most); // not a number when one of them is not: then neither is what comes out
         }
         for (int i = 0; i < n; ++i) {
             const vf scale = v_set(dmax[i] > 0.0f ? 32767.0f/dmax[i] : 0.0f);
