@@ -96,6 +96,13 @@ V_INLINE vf v_dot_sum(va acc, int32_t x) {
     return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(acc, _mm256_set1_epi16(1)), _mm256_set1_epi32(x)));
 }
 
+// two products of bytes up to 128 and 127 in size fit in 16 bits, four do not
+constexpr int V_DOT8_BIAS = 0;
+V_INLINE vi v_dot8(vi acc, vi x, int32_t s) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(_mm256_set1_epi32(s), x));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
 V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
     const __m256i low = _mm256_set1_epi16(15);
     for (int i = 0; i < 2; ++i) {
@@ -107,6 +114,16 @@ V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
         res[4*i + 1] = _mm256_and_si256(hi, low);
         res[4*i + 2] = _mm256_srli_epi16(lo, 4);
         res[4*i + 3] = _mm256_srli_epi16(hi, 4);
+    }
+}
+
+V_INLINE void v_load_i8_pairs(const uint8_t * p, size_t nb, vi * res) {
+    for (int i = 0; i < 4; ++i) {
+        const uint8_t * x = p + 2*(i/2)*nb + 16*(i%2);
+        const __m128i a = _mm_loadu_si128((const __m128i *) x);
+        const __m128i b = _mm_loadu_si128((const __m128i *) (x + nb));
+        res[2*i    ] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
+        res[2*i + 1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
     }
 }
 

@@ -119,6 +119,10 @@ V_INLINE va v_dot_add(va a, va b) { return _mm512_add_epi32(a, b); }
 V_INLINE va v_dot(va acc, vi u, int32_t s) { return _mm512_dpbusd_epi32(acc, u, _mm512_set1_epi32(s)); }
 V_INLINE vf v_dot_sum(va acc, int32_t x) { return _mm512_cvtepi32_ps(_mm512_add_epi32(acc, _mm512_set1_epi32(x))); }
 
+// acc += the four signed bytes of every lane of x, with V_DOT8_BIAS added to each, times the four of s
+constexpr int V_DOT8_BIAS = 128;
+V_INLINE vi v_dot8(vi acc, vi x, int32_t s) { return _mm512_dpbusd_epi32(acc, _mm512_xor_si512(x, _mm512_set1_epi8(-128)), _mm512_set1_epi32(s)); }
+
 // 32 nibbles of each of four rows: a lane per element, 16 bits per row; V_BLOCK vectors of rows 0 and 1, then of 2 and 3
 V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
     const __m512i bytes = _mm512_set_epi8(
@@ -134,6 +138,21 @@ V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
     res[1] = _mm512_and_si512(_mm512_srli_epi16(x, 4), low);
     res[2] = _mm512_and_si512(_mm512_srli_epi16(x, 8), low);
     res[3] = _mm512_srli_epi16(x, 12);
+}
+
+// 32 bytes of each of four rows, likewise
+V_INLINE void v_load_i8_pairs(const uint8_t * p, size_t nb, vi * res) {
+    // a lane has the values i and i + 16 of the first row, then those of the second
+    const __m512i bytes = _mm512_set_epi8(
+        63, 47, 31, 15, 62, 46, 30, 14, 61, 45, 29, 13, 60, 44, 28, 12, 59, 43, 27, 11, 58, 42, 26, 10, 57, 41, 25,  9, 56, 40, 24,  8,
+        55, 39, 23,  7, 54, 38, 22,  6, 53, 37, 21,  5, 52, 36, 20,  4, 51, 35, 19,  3, 50, 34, 18,  2, 49, 33, 17,  1, 48, 32, 16,  0);
+    for (int i = 0; i < 2; ++i) {
+        __m512i x = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) (p + 2*i*nb)));
+        x = _mm512_inserti64x4(x, _mm256_loadu_si256((const __m256i *) (p + 2*i*nb + nb)), 1);
+        x = _mm512_permutexvar_epi8(bytes, x);
+        res[2*i    ] = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8);
+        res[2*i + 1] = _mm512_srai_epi16(x, 8);
+    }
 }
 
 // acc += the two 16-bit numbers of every lane of x times those of w

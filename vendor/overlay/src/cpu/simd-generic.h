@@ -88,6 +88,21 @@ V_INLINE va v_dot(va acc, vi u, int32_t s) {
 }
 V_INLINE vf v_dot_sum(va acc, int32_t x) { KVM_EACH((float) (acc.v[i] + x)); }
 
+constexpr int V_DOT8_BIAS = 0;
+V_INLINE vi v_dot8(vi acc, vi x, int32_t s) {
+    int8_t b[4];
+    memcpy(b, &s, 4);
+    for (int i = 0; i < V_LEN; ++i) {
+        int32_t sum;
+        memcpy(&sum, acc.v[i], 4);
+        for (int j = 0; j < 4; ++j) {
+            sum += (int8_t) x.v[i][j]*b[j];
+        }
+        memcpy(acc.v[i], &sum, 4);
+    }
+    return acc;
+}
+
 V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
     for (int i = 0; i < 2; ++i) {
         for (int k = 0; k < 32; ++k) {
@@ -96,6 +111,15 @@ V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
             uint8_t * dst = res[i*32/V_LEN + k/V_LEN].v[k%V_LEN];
             const uint16_t pair[2] = { (uint16_t) (k < 16 ? a & 15 : a >> 4), (uint16_t) (k < 16 ? b & 15 : b >> 4) };
             memcpy(dst, pair, 4);
+        }
+    }
+}
+
+V_INLINE void v_load_i8_pairs(const uint8_t * p, size_t nb, vi * res) {
+    for (int i = 0; i < 2; ++i) {
+        for (int k = 0; k < 32; ++k) {
+            const int16_t pair[2] = { (int8_t) p[2*i*nb + k], (int8_t) p[2*i*nb + nb + k] };
+            memcpy(res[i*32/V_LEN + k/V_LEN].v[k%V_LEN], pair, 4);
         }
     }
 }

@@ -91,6 +91,9 @@ V_INLINE va v_dot(va acc, vi u, int32_t s) {
 }
 V_INLINE vf v_dot_sum(va acc, int32_t x) { return vcvtq_f32_s32(vaddq_s32(acc, vdupq_n_s32(x))); }
 
+constexpr int V_DOT8_BIAS = 0;
+V_INLINE vi v_dot8(vi acc, vi x, int32_t s) { return vreinterpretq_u8_s32(v_dot(vreinterpretq_s32_u8(acc), x, s)); }
+
 // four lanes of the first row, then four of the second: what v_dot16 multiplies
 V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
     for (int i = 0; i < 2; ++i) {
@@ -106,6 +109,20 @@ V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
             dst[2] = vreinterpretq_u8_u64(vtrn1q_u64(a1, b1));
             dst[3] = vreinterpretq_u8_u64(vtrn2q_u64(a1, b1));
         }
+    }
+}
+
+V_INLINE void v_load_i8_pairs(const uint8_t * p, size_t nb, vi * res) {
+    for (int i = 0; i < 4; ++i) {
+        const uint8_t * x = p + 2*(i/2)*nb + 16*(i%2);
+        const int8x16_t a = vreinterpretq_s8_u8(vld1q_u8(x));
+        const int8x16_t b = vreinterpretq_s8_u8(vld1q_u8(x + nb));
+        const uint64x2_t a0 = vreinterpretq_u64_s16(vmovl_s8(vget_low_s8(a))), a1 = vreinterpretq_u64_s16(vmovl_s8(vget_high_s8(a)));
+        const uint64x2_t b0 = vreinterpretq_u64_s16(vmovl_s8(vget_low_s8(b))), b1 = vreinterpretq_u64_s16(vmovl_s8(vget_high_s8(b)));
+        res[4*i    ] = vreinterpretq_u8_u64(vtrn1q_u64(a0, b0));
+        res[4*i + 1] = vreinterpretq_u8_u64(vtrn2q_u64(a0, b0));
+        res[4*i + 2] = vreinterpretq_u8_u64(vtrn1q_u64(a1, b1));
+        res[4*i + 3] = vreinterpretq_u8_u64(vtrn2q_u64(a1, b1));
     }
 }
 
