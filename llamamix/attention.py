@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from . import ggml
-from ._ffi import ffi, lib
+from ._ffi import ffi, last_error, lib, sized
 from .errors import LlamamixError, ParamsError
 from .params import KV_TYPES, N_THREADS_MAX, check_float, check_int
 
@@ -125,8 +125,7 @@ class Attention:
         self._out = np.empty((n_stream, n_tokens, n_head, n_embd_v), np.float32)
         # the arrays live as long as the pointers to them
         self._keep = (q, segments, mask, sinks)
-        args = self._args = ffi.new("struct llama_kv_mixed_attn_args *")
-        args.struct_size = ffi.sizeof(args[0])
+        args = self._args = sized("struct llama_kv_mixed_attn_args *")
         args.n_embd_k, args.n_embd_v = n_embd_k, n_embd_v
         args.n_head, args.n_head_kv = n_head, n_head_kv
         args.n_tokens, args.n_stream = n_tokens, n_stream
@@ -152,8 +151,7 @@ class Attention:
         if isa is not None and isa not in isas():
             raise ParamsError(f"isa must be one of {', '.join(isas())} or None, not {isa!r}.")
         if lib.llama_kv_mixed_attn(self._args, n_threads, ffi.NULL if isa is None else isa.encode()) != 0:
-            reason = ffi.string(lib.llama_kv_mixed_last_error()).decode("utf-8", "replace")
-            raise ParamsError(f"The kernel can not compute this: {reason}.")
+            raise ParamsError(f"The kernel can not compute this: {last_error()}.")
         return self._out
 
 

@@ -239,9 +239,9 @@ def _find_slot_trigger(check: _Check) -> None:
         _add(cache, 30)
         _log_events(cache, True)
         check("all cells are used", "hot 32-39, cold 0-31", _tokens(cache))
-        before = cache.state_write()
+        before = cache.state_save()
         check("cells for one more", (), _find(cache, [40]))
-        check("nothing has changed", True, cache.state_write() == before)
+        check("nothing has changed", True, cache.state_save() == before)
 
 
 def _sequence_ops(check: _Check) -> None:
@@ -253,7 +253,7 @@ def _sequence_ops(check: _Check) -> None:
     with filled() as cache:
         check("sequence 42", "hot 8-19, cold 0-7", _tokens(cache, 42))
         check("its ends", (0, 19), (cache.seq_pos_min(42), cache.seq_pos_max(42)))
-        state = cache.state_write()
+        state = cache.state_save()
         cache.seq_cp(42, 7, 6, 11)
         check("seq_cp to 7 across the border", "hot 8-10, cold 6-7", _tokens(cache, 7))
         cache.seq_rm(42, 6, 11)
@@ -267,9 +267,9 @@ def _sequence_ops(check: _Check) -> None:
     with filled() as cache:
         cache.seq_div(42, 0, -1, 2)
         check("seq_div of everything", (0, 9), (cache.seq_pos_min(42), cache.seq_pos_max(42)))
-        cache.state_read(state)
+        cache.state_load(state)
         check("state, read back", "hot 8-19, cold 0-7", _tokens(cache, 42))
-        check("bit for bit", True, cache.state_write() == state)
+        check("bit for bit", True, cache.state_save() == state)
         check("cold rows that are as they were", "32 of 32", _cold_rows(cache))
 
 

@@ -189,12 +189,12 @@ def test_documented_find_slot_trigger(log: Callable[[], list[str]]) -> None:
         assert n == 8 + 32  # not one cell is wasted
         check_rows(cache)
         log()
-        before, stats, state = positions(cache), cache.stats, cache.state_write()
+        before, stats, state = positions(cache), cache.stats, cache.state_save()
         for n_new in (1, 3, 8, 9, 100):
             assert find(cache, range(n, n + n_new), 0) == ()
             with pytest.raises(CacheError, match="commit without find_slot"):
                 cache.commit()
-        assert positions(cache) == before and cache.state_write() == state
+        assert positions(cache) == before and cache.state_save() == state
         assert (cache.stats.n_refused, cache.stats.n_migrations) == (stats.n_refused + 5, stats.n_migrations)
         assert log() == ["[MIXED_CACHE_DEBUG] find_slot: hot and cold cache are full: hot=8/8, cold=32/32"] * 5
 
@@ -251,20 +251,20 @@ def test_documented_sequence_ops() -> None:
         assert positions(cache, seq) == (sorted([4, 4, 5, *range(11, 20)]), sorted([*range(6), 3, 3]))
 
     with filled() as cache, make(16, 64, 8, 4, n_seq_max=43) as other, make(16, 64, 8, 4, n_seq_max=43) as third:
-        state = cache.state_write()
-        other.state_read(state)
-        assert other.state_write() == state
+        state = cache.state_save()
+        other.state_load(state)
+        assert other.state_save() == state
         assert positions(other, seq) == positions(cache, seq)
         check_rows(other)
         for layer in range(N_LAYER):
             np.testing.assert_array_equal(other.cold.get_k(layer).data, cache.cold.get_k(layer).data)
             np.testing.assert_array_equal(other.cold.get_v(layer).data, cache.cold.get_v(layer).data)
 
-        one = cache.state_write(seq)
-        third.state_read(one, 3)
+        one = cache.state_save(seq)
+        third.state_load(one, 3)
         assert positions(third, 3) == positions(cache, seq) and positions(third, seq) == ([], [])
         check_rows(third)
-        third.state_read(one, seq)  # sequence 3 makes way
+        third.state_load(one, seq)  # sequence 3 makes way
         assert positions(third, seq) == positions(cache, seq) and third.seq_pos_max(3) == 19
         check_rows(third)
 

@@ -85,7 +85,7 @@ _set_k, _cpy = Tier.set_k, ggml.cpy
         (KVCache, "seq_keep", _nothing, {"sequence_ops"}),
         (KVCache, "seq_add", _nothing, {"sequence_ops"}),
         (KVCache, "seq_div", _nothing, {"sequence_ops"}),
-        (KVCache, "state_read", _nothing, {"sequence_ops"}),
+        (KVCache, "state_load", _nothing, {"sequence_ops"}),
         (Tier, "set_k", _lost, {"quantization_trigger", "sequence_ops", "copy_between_caches"}),
         (Tier, "_n", lambda *_: 3, None),
         (Tier, "cells", lambda *_: [], None),

@@ -9,11 +9,10 @@ import weakref
 from dataclasses import replace
 from typing import Any, Protocol
 
-from .._ffi import ffi, lib
+from .._ffi import ffi, lib, sized
 from .._handle import ExclusiveHandle
 from ..errors import ContextError
-from ..memory import check_int
-from ..params import KVMixedParams
+from ..params import KVMixedParams, check_int
 from ..stats import CacheStats
 from .events import Event, EventKind, LayerError, Trigger
 
@@ -183,8 +182,7 @@ def _address(memory: Any) -> int:
 
 def _filled(name: str, fill: Any, memory: Any) -> Any:
     """A struct that the library fills."""
-    c_struct = ffi.new(f"struct {name} *")
-    c_struct.struct_size = ffi.sizeof(c_struct[0])
+    c_struct = sized(f"struct {name} *")
     fill(memory, c_struct)
     return c_struct
 
