@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from . import ggml
 from ._ffi import ffi, last_error, lib, sized
+from ._fork import check_process, check_threads, note_threads
 from .errors import LlamamixError, ParamsError
 from .params import KV_TYPES, N_THREADS_MAX, check_float, check_int
 
@@ -182,6 +184,8 @@ class FlashAttnExt:
             max_bias=max_bias,
         )  # fmt: skip
         check_int(n_threads, "n_threads", 1, N_THREADS_MAX)
+        check_threads(n_threads, LlamamixError)
+        self._n_threads, self._pid = n_threads, os.getpid()
         if mask is not None and mask.dtype != np.float16:
             raise ParamsError(f"mask must be float16 for ggml, not {mask.dtype}.")
         if mask is None and max_bias > 0:
@@ -232,6 +236,8 @@ class FlashAttnExt:
 
     def compute(self) -> np.ndarray:
         """The result, in memory that the next call overwrites and close() frees."""
+        check_process(self._pid, "graph", LlamamixError)
+        note_threads(self._n_threads)
         status = lib.ggml_backend_graph_compute(self._backend, self._graph)
         if status != 0:
             raise LlamamixError("ggml could not compute flash attention.", status)

@@ -11,11 +11,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ._ffi import error_lines, ffi, last_error, lib, sized
+from ._fork import check_threads, note_threads
 from ._handle import ExclusiveHandle
 from .errors import CacheError, ParamsError
 from .params import KV_TYPES, N_LAYER_MAX, N_SEQ_MAX, KVMixedParams, check_int, from_options
@@ -32,6 +34,8 @@ _HEADS_MAX = 2**16  # heads of a layer, and elements of a head
 _CELLS_MAX = 10**9 - 1
 _SPARE_MAX = 1024  # bytes that a backend adds to a tensor
 
+# that move rows where there is no context: the processors, at most GGML_DEFAULT_N_THREADS
+_N_THREADS = min(os.cpu_count() or 1, 4)
 
 _HOT, _COLD = 0, 1
 
@@ -394,6 +398,9 @@ def _shape(
 
 
 def _init(shape: Any, c_params: Any) -> ExclusiveHandle:
+    if c_params != ffi.NULL:  # it will move rows
+        check_threads(_N_THREADS, CacheError)
+        note_threads(_N_THREADS)
     pointer = lib.llama_kv_mixed_cache_init(shape, c_params)
     if pointer == ffi.NULL:
         raise ParamsError(f"The cache can not be made: {last_error()}.")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ._ffi import error_lines, ffi, lib, sized
+from ._fork import check_threads, note_threads
 from .create import create_context
 from .errors import ContextError, ContextFullError, ParamsError, check
 from .generate import generate
@@ -67,6 +68,7 @@ class Context:
         )
 
         self._pooling_type = int(lib.llama_pooling_type(pointer))
+        self._n_threads_max = max(lib.llama_n_threads(pointer), lib.llama_n_threads_batch(pointer))
         self._n_outputs = 0  # of the last llama_decode()
         self._earlier: list[tuple[np.ndarray | None, np.ndarray | None]] = []  # logits, embeddings before the last one
         self._has_outputs = False
@@ -191,6 +193,7 @@ class Context:
                 )
 
     def _call_decode(self, ctx: Any, part: Tokens) -> tuple[int, str]:
+        note_threads(self._n_threads_max)
         c_batch, keep = part.to_c()
         abort = self._abort
         if (
@@ -412,12 +415,17 @@ class Context:
             return int(lib.llama_n_threads_batch(ctx))
 
     def set_n_threads(self, n_threads: int, n_threads_batch: int | None = None) -> None:
-        """Threads for single tokens and for batches (None: as many)."""
+        """Threads for single tokens and for batches (None: as many).
+
+        Raises ParamsError, and ContextError where several can not be used (a process that was forked).
+        """
         n_threads_batch = n_threads if n_threads_batch is None else n_threads_batch
         check_int(n_threads, "n_threads", 1, N_THREADS_MAX)
         check_int(n_threads_batch, "n_threads_batch", 1, N_THREADS_MAX)
+        check_threads(max(n_threads, n_threads_batch), ContextError)
         with self._handle as ctx:
             lib.llama_set_n_threads(ctx, int(n_threads), int(n_threads_batch))
+            self._n_threads_max = max(n_threads, n_threads_batch)
 
 
 def _never() -> bool:

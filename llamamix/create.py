@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from ._ffi import error_lines, ffi, last_error, lib
+from ._fork import check_threads
 from ._handle import ExclusiveHandle
 from .errors import ContextError
 from .model import Model
@@ -20,6 +21,7 @@ def create_context(model: Model, params: ContextParams) -> tuple[ExclusiveHandle
     """A ``struct llama_context``, and how it pools. Raises ContextError when it can not be created."""
     _check_supported(model, params)
     c_params = params.to_c(_n_cpus())
+    check_threads(max(c_params.n_threads, c_params.n_threads_batch), ContextError)
     handle, pooling = _create(model, params, c_params)
     if params.n_ubatch is None and pooling.one_ubatch and c_params.n_ubatch < c_params.n_batch:
         handle.close()  # only a context knows what its model needs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import rewrite_gguf
+from reference import environment, library_dir, rewrite_gguf
 from tiny_model import write_tiny_model
 
 from llamamix import (
@@ -27,6 +28,7 @@ from llamamix import (
     ParamsError,
     SamplingParams,
 )
+from llamamix._ffi import ffi, lib
 from llamamix.sampling import Sampler
 from llamamix.text import TextStream
 
@@ -1152,6 +1154,118 @@ def test_closing_waits_for_another_thread(make_context: MakeContext) -> None:
     assert results in (["decoded", "closed"], ["closed", "decoded"])  # the order of the two appends is open
     with pytest.raises(ContextError, match="closed"):
         context.decode([5])
+
+
+# each line is what an object of the process before raises in a process that was forked, or what came of it
+FORKED = """
+import gc, os, sys, threading
+import numpy as np
+from llamamix import Batch, Context, LlamamixError, MixedKVCache, Model, SBatch, Trace
+from llamamix.attention import FlashAttnExt
+from llamamix.params import SamplingParams
+from llamamix.sampling import Sampler
+
+model = Model(sys.argv[1])
+context, held = (Context(model, n_ctx=256, n_threads=2, kv_mixed="hot=64") for _ in range(2))
+context.decode([5, 6, 7])
+pieces = context.generate([8, 9], 20, SamplingParams(temperature=0))
+next(pieces)
+inner = MixedKVCache.from_context(context)
+cache = MixedKVCache(hot=8, cold_size=8, sink=0)
+batch = Batch()
+batch.add(5, 0, 0)
+sbatch = SBatch(batch)
+sampler = Sampler(model, SamplingParams())
+trace = Trace(context)
+trace.start()
+rows = np.zeros((1, 1, 1, 32), np.float32)
+flash = FlashAttnExt(rows, rows, rows, types="f32", n_threads=2)
+flash.compute()
+before = context.memory.seq_pos_max()
+
+# another thread has the lock of a context, and will never give it back in the other process
+locked, done = threading.Event(), threading.Event()
+
+def hold():
+    with held._handle:
+        locked.set()
+        done.wait()
+
+thread = threading.Thread(target=hold)
+thread.start()
+locked.wait()
+
+pid = os.fork()
+if pid == 0:
+    def fresh(**params):
+        with Context(Model(sys.argv[1]), n_ctx=256, **params) as another:
+            another.decode([5, 6, 7])
+            return another.memory.seq_pos_max()
+
+    for name, use in {
+        "decode": lambda: context.decode([5]),
+        "locked": lambda: held.decode([5]),
+        "memory": lambda: context.memory.seq_rm(0),
+        "stats": lambda: context.stats,
+        "state": lambda: context.state_save(),
+        "generate": lambda: next(pieces),
+        "model": lambda: model.tokenize("a"),
+        "context of the model": lambda: Context(model),
+        "sampler": lambda: sampler.sample(np.zeros(400, np.float32)),
+        "cache": lambda: cache.seq_rm(0),
+        "tier": lambda: cache.hot.used,
+        "cache of a context": lambda: inner.hot.used,
+        "sbatch": lambda: sbatch.split_simple(1),
+        "trace": lambda: trace.read(),
+        "flash": lambda: flash.compute(),
+        "two threads": lambda: fresh(n_threads=2),
+        "more threads": lambda: fresh(n_threads=1, n_threads_batch=2),
+        "one thread": lambda: fresh(n_threads=1),
+    }.items():
+        try:
+            result = use()
+        except LlamamixError as error:
+            result = f"{type(error).__name__}: {error}"
+        print(name, "|", result, flush=True)
+    for closed in (trace.stop, context.close, held.close, cache.close, inner.close, sbatch.close, sampler.close, flash.close):
+        closed()
+    print("closed", "|", context._handle.closed, flush=True)
+    del model, context, held, cache, inner, sbatch, sampler, trace, flash, pieces, closed
+    gc.collect()
+    sys.exit(7)
+print("exit", "|", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+done.set()
+thread.join()
+# nothing of this process was freed
+context.decode([5])
+print("parent", "|", context.memory.seq_pos_max() - before, len(trace.read()) > 0, next(pieces) != "", flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_is_refused_what_another_one_made(tiny_model_path: Path) -> None:
+    env = environment(LLAMAMIX_LIB_PATH=str(library_dir()), PYTHONPATH=str(Path(__file__).parents[1]))
+    command = [sys.executable, "-c", FORKED, str(tiny_model_path)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    found = dict(line.split(" | ") for line in result.stdout.splitlines())
+    why = "from which this one was forked; make another one here, or start processes with the method 'spawn'."
+    error_of = {
+        "decode": ("ContextError", "context"), "locked": ("ContextError", "context"), "memory": ("ContextError", "context"),
+        "stats": ("ContextError", "context"), "state": ("ContextError", "context"), "generate": ("ContextError", "sampler"),
+        "model": ("ModelError", "model"), "context of the model": ("ModelError", "model"),
+        "sampler": ("ContextError", "sampler"), "cache": ("CacheError", "cache"), "tier": ("CacheError", "cache"),
+        "cache of a context": ("ContextError", "context"), "sbatch": ("LlamamixError", "sbatch"),
+        "trace": ("ContextError", "context"), "flash": ("LlamamixError", "graph"),
+    }  # fmt: skip
+    for name, (error, what) in error_of.items():
+        assert found.pop(name) == f"{error}: The {what} belongs to the process that made it, {why}"
+    for name in ("two threads", "more threads"):
+        if b"OPENMP = 1" in ffi.string(lib.llama_print_system_info()):
+            assert found.pop(name).startswith("ContextError: This process was forked from one that had computed with")
+        else:  # ggml starts threads of its own
+            assert found.pop(name) == "2"
+    assert found == {"one thread": "2", "closed": "True", "exit": "7", "parent": "1 True True"}
 
 
 def test_n_threads(make_context: MakeContext) -> None:

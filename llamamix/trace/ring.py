@@ -119,7 +119,12 @@ class Trace:
             self._waiting = self._drain()
 
     def stop(self) -> None:
-        """Record nothing more; what waits can still be read. Stopping twice is fine."""
+        """Record nothing more; what waits can still be read. Stopping twice is fine.
+
+        In a process that was forked since start() this does nothing.
+        """
+        if self._handle.inherited:  # a thread that this process does not have may hold the lock
+            return
         with self._lock, self._handle.guard() as pointer:
             if not self._on:
                 return
@@ -139,6 +144,7 @@ class Trace:
 
     def read(self) -> list[Event]:
         """Take the events since the last call, oldest first. Raises ContextError when the context is closed."""
+        self._handle.check_process()
         with self._lock, self._handle.guard() as pointer:
             if self._memory is None:
                 raise ContextError("The trace has not begun.")
