@@ -23,7 +23,8 @@ def create_context(model: Model, params: ContextParams) -> tuple[ExclusiveHandle
     c_params = params.to_c(_n_cpus())
     check_threads(max(c_params.n_threads, c_params.n_threads_batch), ContextError)
     handle, pooling = _create(model, params, c_params)
-    if params.n_ubatch is None and pooling.one_ubatch and c_params.n_ubatch < c_params.n_batch:
+    n_batch = lib.llama_n_batch(handle.pointer)  # no more than the context, where there is a causal mask
+    if params.n_ubatch is None and pooling.one_ubatch and lib.llama_n_ubatch(handle.pointer) < n_batch:
         handle.close()  # only a context knows what its model needs
         c_params.n_ubatch = c_params.n_batch
         handle, pooling = _create(model, params, c_params)
