@@ -14,9 +14,11 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 _MODULES = {
-    "cache": ("CacheError", "Cell", "MixedKVCache", "Tier", "UnifiedKVCache"),
+    "batch": ("Batch",),
+    "cache": ("MixedKVCache", "UnifiedKVCache"),
     "context": ("Context",),
     "errors": (
+        "CacheError",
         "ContextError",
         "ContextFullError",
         "DecodeAborted",
@@ -29,8 +31,9 @@ _MODULES = {
     ),
     "model": ("Model",),
     "params": ("ContextParams", "KVMixedParams", "ModelParams", "SamplingParams"),
-    "sbatch": ("Batch", "SBatch", "UBatch"),
+    "sbatch": ("SBatch", "UBatch"),
     "stats": ("CacheStats", "PerfData"),
+    "tier": ("Cell", "Tier"),
     "trace": ("Trace", "TraceError"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -38,12 +41,11 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [*sorted(_MODULE_OF), "__version__"]
 
 if TYPE_CHECKING:
-    from .cache import CacheError as CacheError
-    from .cache import Cell as Cell
+    from .batch import Batch as Batch
     from .cache import MixedKVCache as MixedKVCache
-    from .cache import Tier as Tier
     from .cache import UnifiedKVCache as UnifiedKVCache
     from .context import Context as Context
+    from .errors import CacheError as CacheError
     from .errors import ContextError as ContextError
     from .errors import ContextFullError as ContextFullError
     from .errors import DecodeAborted as DecodeAborted
@@ -58,11 +60,12 @@ if TYPE_CHECKING:
     from .params import KVMixedParams as KVMixedParams
     from .params import ModelParams as ModelParams
     from .params import SamplingParams as SamplingParams
-    from .sbatch import Batch as Batch
     from .sbatch import SBatch as SBatch
     from .sbatch import UBatch as UBatch
     from .stats import CacheStats as CacheStats
     from .stats import PerfData as PerfData
+    from .tier import Cell as Cell
+    from .tier import Tier as Tier
     from .trace import Trace as Trace
     from .trace import TraceError as TraceError
 

@@ -168,6 +168,23 @@ lib: Any = _Library()
 
 
 #
+# what most functions need
+#
+
+
+def sized(c_type: str) -> Any:
+    """A new struct, zeroed but for its size, which the library wants in it; ``c_type`` is a pointer type."""
+    struct = ffi.new(c_type)
+    struct.struct_size = ffi.sizeof(struct[0])
+    return struct
+
+
+def last_error() -> str:
+    """Why the last function of the mixed cache's interface failed on this thread, without a full stop."""
+    return " ".join(ffi.string(lib.llama_kv_mixed_last_error()).decode("utf-8", "replace").split()).rstrip(".")
+
+
+#
 # log
 #
 

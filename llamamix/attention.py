@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from . import ggml
-from ._ffi import ffi, lib
+from ._ffi import ffi, last_error, lib, sized
+from ._fork import check_process, check_threads, note_threads
 from .errors import LlamamixError, ParamsError
 from .params import KV_TYPES, N_THREADS_MAX, check_float, check_int
 
@@ -125,8 +127,7 @@ class Attention:
         self._out = np.empty((n_stream, n_tokens, n_head, n_embd_v), np.float32)
         # the arrays live as long as the pointers to them
         self._keep = (q, segments, mask, sinks)
-        args = self._args = ffi.new("struct llama_kv_mixed_attn_args *")
-        args.struct_size = ffi.sizeof(args[0])
+        args = self._args = sized("struct llama_kv_mixed_attn_args *")
         args.n_embd_k, args.n_embd_v = n_embd_k, n_embd_v
         args.n_head, args.n_head_kv = n_head, n_head_kv
         args.n_tokens, args.n_stream = n_tokens, n_stream
@@ -152,8 +153,7 @@ class Attention:
         if isa is not None and isa not in isas():
             raise ParamsError(f"isa must be one of {', '.join(isas())} or None, not {isa!r}.")
         if lib.llama_kv_mixed_attn(self._args, n_threads, ffi.NULL if isa is None else isa.encode()) != 0:
-            reason = ffi.string(lib.llama_kv_mixed_last_error()).decode("utf-8", "replace")
-            raise ParamsError(f"The kernel can not compute this: {reason}.")
+            raise ParamsError(f"The kernel can not compute this: {last_error()}.")
         return self._out
 
 
@@ -184,6 +184,8 @@ class FlashAttnExt:
             max_bias=max_bias,
         )  # fmt: skip
         check_int(n_threads, "n_threads", 1, N_THREADS_MAX)
+        check_threads(n_threads, LlamamixError)
+        self._n_threads, self._pid = n_threads, os.getpid()
         if mask is not None and mask.dtype != np.float16:
             raise ParamsError(f"mask must be float16 for ggml, not {mask.dtype}.")
         if mask is None and max_bias > 0:
@@ -234,6 +236,8 @@ class FlashAttnExt:
 
     def compute(self) -> np.ndarray:
         """The result, in memory that the next call overwrites and close() frees."""
+        check_process(self._pid, "graph", LlamamixError)
+        note_threads(self._n_threads)
         status = lib.ggml_backend_graph_compute(self._backend, self._graph)
         if status != 0:
             raise LlamamixError("ggml could not compute flash attention.", status)

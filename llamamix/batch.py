@@ -1,125 +1,77 @@
-"""A batch of tokens as llama_decode() wants it, checked before any pointer is handed over."""
+"""Batches, as a KV cache that is driven by hand takes them.
+
+    batch = Batch()
+    batch.add(101, 0, 0)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from ._ffi import ffi
 from .errors import ParamsError
-from .params import check_int
+from .params import N_SEQ_MAX, POS_MAX, check_int
+from .tokens import Tokens
 
-_POS_MAX = 2**31 - 1
+_TOKEN_MAX = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True)
 class Batch:
-    """n tokens with their positions and sequences, in the order of their positions.
+    """Tokens with their positions and sequences, in the order in which they were added."""
 
-    tokens   int32 [n]
-    pos      int32 [n]
-    seq_ids  int32 [m], the sequence ids of all tokens one after the other, m >= n
-    n_seq    int32 [n], how many of them belong to each token
-    output   int8 [n], 1 where logits are wanted
-    """
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._pos: list[int] = []
+        self._seq_ids: list[list[int]] = []
+        self._logits: list[bool] = []
 
-    tokens: np.ndarray
-    pos: np.ndarray
-    seq_ids: np.ndarray
-    n_seq: np.ndarray
-    output: np.ndarray
+    def add(self, token: int, pos: int, seq_ids: int | Iterable[int], logits: bool = False) -> None:
+        """Add a token.
+
+        token    its id
+        pos      its position in its sequences
+        seq_ids  a sequence id, or those of the sequences that share the token
+        logits   whether its logits are wanted
+
+        Raises ParamsError, and nothing is added then.
+        """
+        ids = list(seq_ids) if isinstance(seq_ids, Iterable) else [seq_ids]
+        ids = [check_int(seq_id, "seq_ids", 0, N_SEQ_MAX - 1) for seq_id in ids]
+        if not ids or len(set(ids)) != len(ids):
+            raise ParamsError(f"seq_ids must be different sequence ids, at least one, not {seq_ids!r}.")
+        token = check_int(token, "token", 0, _TOKEN_MAX)
+        pos = check_int(pos, "pos", 0, POS_MAX - 1)
+        self._tokens.append(token)
+        self._pos.append(pos)
+        self._seq_ids.append(sorted(ids))
+        self._logits.append(bool(logits))
+
+    def clear(self) -> None:
+        """Remove all tokens."""
+        for part in (self._tokens, self._pos, self._seq_ids, self._logits):
+            part.clear()
 
     def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, part: slice) -> Batch:
-        ends = np.concatenate(([0], np.cumsum(self.n_seq)))
-        start, stop, _ = part.indices(len(self))
-        return Batch(
-            self.tokens[part],
-            self.pos[part],
-            self.seq_ids[ends[start] : ends[stop]],
-            self.n_seq[part],
-            self.output[part],
-        )
+        return len(self._tokens)
 
     @property
-    def n_outputs(self) -> int:
-        return int(np.count_nonzero(self.output))
+    def n_tokens(self) -> int:
+        """Tokens in the batch."""
+        return len(self)
 
-    def spans(self) -> dict[int, tuple[int, int]]:
-        """The first position of each sequence, and one past its last."""
-        pos = np.repeat(self.pos, self.n_seq)
-        of_each = {int(seq_id): pos[self.seq_ids == seq_id] for seq_id in np.unique(self.seq_ids)}
-        return {seq_id: (int(own[0]), int(own[-1]) + 1) for seq_id, own in of_each.items()}
+    @property
+    def n_seqs(self) -> int:
+        """Different sequences that have a token in the batch."""
+        return len({seq_id for ids in self._seq_ids for seq_id in ids})
 
     def to_c(self) -> tuple[Any, list[Any]]:
         """A ``struct llama_batch`` and what has to stay alive as long as it is used."""
-        starts = np.concatenate(([0], np.cumsum(self.n_seq[:-1])))
-        pointers = (self.seq_ids.ctypes.data + 4 * starts).astype(np.uintp)
-        arrays = [np.ascontiguousarray(a) for a in (self.tokens, self.pos, self.n_seq, pointers, self.output)]
-        token, pos, n_seq_id, seq_id, output = (ffi.from_buffer(a) for a in arrays)
-
-        batch = ffi.new("struct llama_batch *")
-        batch.n_tokens = len(self)
-        batch.token = ffi.cast("int32_t *", token)
-        batch.pos = ffi.cast("int32_t *", pos)
-        batch.n_seq_id = ffi.cast("int32_t *", n_seq_id)
-        batch.seq_id = ffi.cast("int32_t **", seq_id)
-        batch.logits = ffi.cast("int8_t *", output)
-        return batch[0], [batch, arrays, self.seq_ids]
-
-
-def positions(pos: Any, n: int) -> np.ndarray:
-    """Positions as int32 [n]. Raises ParamsError."""
-    array = np.asarray(pos)
-    if array.shape != (n,) or array.dtype.kind not in "iu":
-        raise ParamsError(f"pos must be {n} whole numbers, one per token.")
-    if int(array.min()) < 0 or int(array.max()) >= _POS_MAX:
-        raise ParamsError(f"pos must be from 0 to {_POS_MAX - 1}.")
-    return np.ascontiguousarray(array, np.int32)
-
-
-def sequence_ids(seq_ids: Any, n: int, n_seq_max: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sequence ids, one or several per token, as Batch.seq_ids and Batch.n_seq. Raises ParamsError."""
-    if not isinstance(seq_ids, (Sequence, np.ndarray)) or isinstance(seq_ids, (str, bytes)) or len(seq_ids) != n:
-        raise ParamsError(f"seq_ids must have {n} entries, one per token.")
-    flat: list[int] = []
-    counts: list[int] = []
-    for entry in seq_ids:
-        ids = list(entry) if isinstance(entry, (Sequence, np.ndarray)) and not isinstance(entry, str) else [entry]
-        for seq_id in ids:
-            check_int(seq_id, "A sequence id", 0, n_seq_max - 1)
-        if not ids or len(set(ids)) != len(ids):
-            raise ParamsError(f"A token's sequence ids must be different and at least one, not {entry!r}.")
-        flat += sorted(int(seq_id) for seq_id in ids)
-        counts.append(len(ids))
-    return np.array(flat, np.int32), np.array(counts, np.int32)
-
-
-def output_mask(logits: Any, n: int, last: np.ndarray) -> np.ndarray:
-    """``"last"``, ``"all"`` or n truth values as Batch.output; ``last`` says which the last ones are."""
-    if isinstance(logits, str):
-        if logits == "all":
-            return np.ones(n, np.int8)
-        if logits == "last":
-            return last
-        raise ParamsError(f"logits must be 'last', 'all' or one truth value per token, not {logits!r}.")
-    mask = np.asarray(logits)
-    if mask.shape != (n,) or mask.dtype.kind not in "biu":
-        raise ParamsError(f"logits must be 'last', 'all' or {n} truth values, one per token.")
-    return (mask != 0).astype(np.int8)
-
-
-def check_order(pos: np.ndarray, seq_ids: np.ndarray, n_seq: np.ndarray, may_jump: bool) -> None:
-    """Within a sequence each position must follow the one before; M-RoPE models may jump ahead. Raises ParamsError."""
-    token_of = np.repeat(np.arange(len(pos)), n_seq)
-    for seq_id in np.unique(seq_ids):
-        steps = np.diff(pos[token_of[seq_ids == seq_id]].astype(np.int64))
-        if (steps < 1).any() if may_jump else (steps != 1).any():
-            raise ParamsError(
-                f"The positions of sequence {seq_id} must {'grow' if may_jump else 'grow by one'} from token to token."
-            )
+        return Tokens(
+            tokens=np.array(self._tokens, np.int32),
+            pos=np.array(self._pos, np.int32),
+            seq_ids=np.array([seq_id for ids in self._seq_ids for seq_id in ids], np.int32),
+            n_seq=np.array([len(ids) for ids in self._seq_ids], np.int32),
+            output=np.array(self._logits, np.int8),
+        ).to_c()

@@ -11,217 +11,33 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from . import ggml
-from ._ffi import error_lines, ffi, lib
+from ._ffi import error_lines, ffi, last_error, lib, sized
+from ._fork import check_threads, note_threads
 from ._handle import ExclusiveHandle
-from .errors import LlamamixError, ParamsError
-from .memory import check_int
-from .params import KV_TYPES, KVMixedParams, from_options, kv_type_name
+from .errors import CacheError, ParamsError
+from .params import KV_TYPES, N_LAYER_MAX, N_SEQ_MAX, KVMixedParams, check_int, from_options
 from .sbatch import UBatch
+from .sequences import Sequences
 from .stats import CacheStats
+from .tier import Tier, checked
 
 if TYPE_CHECKING:
     from .context import Context
     from .model import Model
 
-_POS_MAX = 2**31 - 1
-_N_SEQ_MAX = 256  # LLAMA_MAX_SEQ
-_N_LAYER_MAX = 512  # LLAMA_MAX_LAYERS
 _HEADS_MAX = 2**16  # heads of a layer, and elements of a head
 _CELLS_MAX = 10**9 - 1
 _SPARE_MAX = 1024  # bytes that a backend adds to a tensor
 
+# that move rows where there is no context: the processors, at most GGML_DEFAULT_N_THREADS
+_N_THREADS = min(os.cpu_count() or 1, 4)
+
 _HOT, _COLD = 0, 1
-_K, _V = 0, 1
-
-_CELL = np.dtype([("pos", np.int32), ("shift", np.int32), ("seqs", np.uint64, 4)])
-
-
-class CacheError(LlamamixError):
-    """A KV cache can not do what it is asked for, or is closed."""
-
-
-#
-# tiers
-#
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A cell in use.
-
-    index    its number
-    pos      position of its token
-    seq_ids  the sequences that have the token, ascending
-    shift    what seq_add() and seq_div() did to the position and the K row does not show yet
-    """
-
-    index: int
-    pos: int
-    seq_ids: tuple[int, ...]
-    shift: int = 0
-
-
-class Tier:
-    """Cells of one type and their K and V rows; a part of a cache that keeps it open.
-
-    size                      cells per stream
-    n_stream                  streams: 1 when unified, else one per sequence
-    n_layer                   layers that have rows
-    type_k, type_v            ggml types
-    n_head_kv                 heads of a row
-    head_size_k, head_size_v  elements of a head
-    row_size_k, row_size_v    bytes of a row
-    n_pad                     what cell counts are rounded up to
-    """
-
-    def __init__(self, handle: ExclusiveHandle, number: int, n_pad: int) -> None:
-        info = _sized("struct llama_kv_mixed_tier *")
-        with handle as cache:
-            _check(lib.llama_kv_mixed_cache_get_tier(cache, number, info))
-        self._handle = handle
-        self._number = number
-        self.n_pad = n_pad
-        self.size = int(info.size)
-        self.n_stream = int(info.n_stream)
-        self.n_layer = int(info.n_layer)
-        self.type_k = kv_type_name(info.type_k)
-        self.type_v = kv_type_name(info.type_v)
-        self.n_head_kv = int(info.n_head_kv)
-        self.head_size_k = int(info.n_embd_head_k)
-        self.head_size_v = int(info.n_embd_head_v)
-        self.row_size_k = int(info.row_size_k)
-        self.row_size_v = int(info.row_size_v)
-
-    def __repr__(self) -> str:
-        return f"<Tier {self.n_stream} x {self.size} cells, K {self.type_k}, V {self.type_v}>"
-
-    @property
-    def used(self) -> int:
-        """Cells in use, all streams together."""
-        with self._handle as cache:
-            return sum(int(np.count_nonzero(self._cells(cache, s)["pos"] >= 0)) for s in range(self.n_stream))
-
-    def n(self, stream: int = 0) -> int:
-        """Cells in view: up to the last one in use, rounded up to a multiple of n_pad; 0 when the stream is empty."""
-        self._stream(stream)
-        with self._handle as cache:
-            return self._n(cache, stream)
-
-    def cells(self, stream: int = 0) -> list[Cell]:
-        """The cells in use, by index."""
-        self._stream(stream)
-        with self._handle as cache:
-            cells = self._cells(cache, stream)
-        return [
-            Cell(int(i), int(cells["pos"][i]), _seq_ids(cells["seqs"][i]), int(cells["shift"][i]))
-            for i in np.flatnonzero(cells["pos"] >= 0)
-        ]
-
-    def get_k(self, layer: int, stream: int | None = None) -> ggml.Tensor:
-        """A copy of a layer's K rows in view, of one stream or of all (None).
-
-        Its dimensions are ggml's: ``ne`` is (head_size_k, n_head_kv, n, n_stream), n the largest n() of them. numpy
-        counts them from the other end, so ``data[s, i, h]`` is what cell i of stream s has for head h; float16 for f16,
-        block bytes for quantised types, see ggml.Tensor. ``dequantize()`` gives float32.
-        """
-        return self._get(_K, layer, stream)
-
-    def get_v(self, layer: int, stream: int | None = None) -> ggml.Tensor:
-        """A copy of a layer's V rows in view, like get_k(), of head_size_v."""
-        return self._get(_V, layer, stream)
-
-    def set_k(self, layer: int, cell: int, rows: Any, stream: int = 0) -> None:
-        """Write K rows of a layer to cells from ``cell`` on.
-
-        rows  numbers of shape [n, n_head_kv, head_size_k], or [n_head_kv, head_size_k] for one row, which ggml converts
-              to the tier's type; or a ggml.Tensor of that type and ``ne`` (head_size_k, n_head_kv, n)
-
-        Raises ParamsError, and nothing is written then.
-        """
-        self._set(_K, layer, cell, rows, stream)
-
-    def set_v(self, layer: int, cell: int, rows: Any, stream: int = 0) -> None:
-        """Write V rows, like set_k()."""
-        self._set(_V, layer, cell, rows, stream)
-
-    def _stream(self, stream: Any) -> int:
-        return check_int(stream, "stream", 0, self.n_stream - 1)
-
-    def _cells(self, cache: Any, stream: int) -> np.ndarray:
-        cells = np.empty(self.size, _CELL)
-        c_cells = ffi.from_buffer("struct llama_kv_mixed_cell[]", cells)
-        _check(lib.llama_kv_mixed_cache_get_cells(cache, self._number, stream, c_cells))
-        return cells
-
-    def _n(self, cache: Any, stream: int) -> int:
-        used = np.flatnonzero(self._cells(cache, stream)["pos"] >= 0)
-        return -(-int(used[-1] + 1) // self.n_pad) * self.n_pad if len(used) else 0
-
-    def _rows(self, v: int) -> tuple[str, int, int]:
-        """Type, head size and bytes of a row."""
-        if v:
-            return self.type_v, self.head_size_v, self.row_size_v
-        return self.type_k, self.head_size_k, self.row_size_k
-
-    def _get(self, v: int, layer: int, stream: int | None) -> ggml.Tensor:
-        type, head_size, row_size = self._rows(v)
-        check_int(layer, "layer", 0, _N_LAYER_MAX - 1)
-        streams = range(self.n_stream) if stream is None else [self._stream(stream)]
-        with self._handle as cache:
-            n = max(self._n(cache, s) for s in streams)
-            rows = np.empty((len(streams), n, self.n_head_kv, row_size // self.n_head_kv), np.uint8)
-            for part, s in zip(rows, streams, strict=True):
-                dst = ffi.from_buffer(part)
-                _check(lib.llama_kv_mixed_cache_get_rows(cache, self._number, layer, v, s, 0, n, dst), ParamsError)
-        data = rows.view(ggml.dtype(type))
-        return ggml.Tensor(type, (head_size, self.n_head_kv, n, len(streams)), data)
-
-    def _set(self, v: int, layer: int, cell: int, rows: Any, stream: int) -> None:
-        type, head_size, _ = self._rows(v)
-        check_int(layer, "layer", 0, _N_LAYER_MAX - 1)
-        check_int(cell, "cell", 0, self.size - 1)
-        self._stream(stream)
-        if isinstance(rows, ggml.Tensor):
-            wanted = f"{type} [{head_size}, {self.n_head_kv}, n]"
-            if rows.type != type or len(rows.ne) != 3 or rows.ne[:2] != (head_size, self.n_head_kv):
-                raise ParamsError(f"rows must be {wanted}, not {rows.type} {list(rows.ne)}.")
-        else:
-            rows = np.asarray(rows)
-            if rows.ndim == 2:
-                rows = rows[np.newaxis]
-            if rows.ndim != 3 or rows.shape[1:] != (self.n_head_kv, head_size) or len(rows) == 0:
-                raise ParamsError(f"rows must be of shape [n, {self.n_head_kv}, {head_size}], not {list(rows.shape)}.")
-            rows = ggml.quantize(rows, type)
-        n = rows.ne[2]
-        if cell + n > self.size:
-            raise ParamsError(f"rows must end within the {self.size} cells: there are {n}, from cell {cell} on.")
-        with self._handle as cache:
-            src = ffi.from_buffer(rows.data)
-            _check(lib.llama_kv_mixed_cache_set_rows(cache, self._number, layer, v, stream, cell, n, src), ParamsError)
-
-    def copy_stream(self, cache: Any, src: int, dst: int) -> None:
-        """Copy all rows of a stream to another one."""
-        for v in (_K, _V):
-            rows = ffi.new("uint8_t[]", self.size * self._rows(v)[2])
-            for layer in range(self.n_layer):
-                _check(lib.llama_kv_mixed_cache_get_rows(cache, self._number, layer, v, src, 0, self.size, rows))
-                _check(lib.llama_kv_mixed_cache_set_rows(cache, self._number, layer, v, dst, 0, self.size, rows))
-
-
-def _seq_ids(words: np.ndarray) -> tuple[int, ...]:
-    return tuple(64 * i + bit for i, word in enumerate(words.tolist()) if word for bit in range(64) if word >> bit & 1)
-
-
-#
-# caches
-#
 
 
 class _ContextCacheHandle(ExclusiveHandle):
@@ -243,7 +59,7 @@ class _ContextCacheHandle(ExclusiveHandle):
         self._context.__exit__(*exc)
 
 
-class KVCache:
+class KVCache(Sequences):
     """What MixedKVCache and UnifiedKVCache have in common.
 
     Tokens are added in two steps: find_slot() looks for places and commit() puts the tokens there. Ranges of positions
@@ -254,12 +70,16 @@ class KVCache:
     n_stream   1 when they share all cells (unified), else one per sequence
     """
 
+    _error = CacheError
+
     def __init__(self, handle: ExclusiveHandle, n_seq_max: int, n_pad: int, context: Context | None = None) -> None:
         self._handle = handle
         self._context = context
         self._first = Tier(handle, _HOT, n_pad)  # the only one, unless the cache is mixed
-        self.n_seq_max = n_seq_max
-        self.n_stream = self._first.n_stream
+        known = None if context is None else context.memory
+        super().__init__(
+            n_seq_max, self._first.n_stream, known is not None and known.has_multi_pos, known.gaps if known else set()
+        )
 
     @classmethod
     def from_model(cls, model: Model, *args: Any, **options: Any) -> Any:
@@ -276,7 +96,8 @@ class KVCache:
             raise ParamsError(f"The layers of this model ({arch}) have no KV cache, or not all the same.")
         head_size_k, head_size_v = model.head_sizes()
         shape = {"n_layer": model.n_layer, "n_head_kv": model.n_head_kv}
-        return cls(*args, **shape, head_size_k=head_size_k, head_size_v=head_size_v, **options)
+        make: Any = cls  # the constructors of the subclasses
+        return make(*args, **shape, head_size_k=head_size_k, head_size_v=head_size_v, **options)
 
     def __enter__(self) -> Any:
         return self
@@ -293,6 +114,11 @@ class KVCache:
         """The C objects, ``struct llama_kv_mixed_cache *`` and ``llama_memory_t``, while no other thread has them."""
         with self._handle as cache:
             yield cache, lib.llama_kv_mixed_cache_get_memory(cache)
+
+    @contextlib.contextmanager
+    def use_memory(self) -> Iterator[Any]:
+        with self.use() as (_, memory):
+            yield memory
 
     #
     # tokens
@@ -315,7 +141,7 @@ class KVCache:
         with self._handle as cache, ubatch.source.use(ubatch) as sbatch:
             code = lib.llama_kv_mixed_cache_find_slot(cache, sbatch, ubatch.index, cells)
             if code < 0:
-                raise ParamsError(f"The ubatch can not be placed: {_reason()}.")
+                raise ParamsError(f"The ubatch can not be placed: {last_error()}.")
         return tuple(cells) if code == 0 else ()
 
     def commit(self) -> None:
@@ -327,113 +153,29 @@ class KVCache:
         Raises CacheError when there is nothing to commit, or the places have been taken since.
         """
         with self._handle as cache:
-            _check(lib.llama_kv_mixed_cache_commit(cache))
+            checked(lib.llama_kv_mixed_cache_commit(cache))
+            self.note_loaded(None)  # the positions were anybody's choice
 
     def rollback(self) -> None:
         """Forget what find_slot() found. Raises CacheError when that is nothing."""
         with self._handle as cache:
-            _check(lib.llama_kv_mixed_cache_rollback(cache))
-
-    #
-    # sequences
-    #
-
-    def clear(self) -> None:
-        """Remove all tokens and zero the rows."""
-        with self._changing() as (_, memory):
-            lib.llama_memory_clear(memory, True)
-
-    def seq_rm(self, seq_id: int = -1, p0: int = 0, p1: int = -1) -> None:
-        """Remove positions of one sequence, or of all (-1)."""
-        check_int(seq_id, "seq_id", -1, self.n_seq_max - 1)
-        p0, p1 = _range(p0, p1)
-        with self._changing() as (_, memory):
-            lib.llama_memory_seq_rm(memory, seq_id, p0, p1)
-
-    def seq_cp(self, seq_id_src: int, seq_id_dst: int, p0: int = 0, p1: int = -1) -> None:
-        """Make positions of one sequence positions of another too, which must not have any in that range.
-
-        Unified, the two share the cells then. When every sequence has its own stream, only whole sequences can be
-        copied, and to an empty one.
-        """
-        self._seq(seq_id_src, "seq_id_src")
-        self._seq(seq_id_dst, "seq_id_dst")
-        p0, p1 = _range(p0, p1)
-        if seq_id_src == seq_id_dst:
-            return
-        with self._changing() as (cache, memory):
-            dst_min = lib.llama_memory_seq_pos_min(memory, seq_id_dst)
-            dst_max = lib.llama_memory_seq_pos_max(memory, seq_id_dst)
-            if self.n_stream == 1:
-                if dst_max >= p0 and (p1 < 0 or dst_min < p1):
-                    raise ParamsError(f"seq_id_dst {seq_id_dst} has positions in that range; remove them first.")
-                lib.llama_memory_seq_cp(memory, seq_id_src, seq_id_dst, p0, p1)
-                return
-            if p0 > 0 or 0 <= p1 <= lib.llama_memory_seq_pos_max(memory, seq_id_src):
-                raise ParamsError("p0 and p1 must be all of the sequence: a part can not be copied to another stream.")
-            if dst_max >= 0:
-                raise ParamsError(f"seq_id_dst {seq_id_dst} must be empty to be copied to; remove it first.")
-            lib.llama_memory_seq_cp(memory, seq_id_src, seq_id_dst, -1, -1)
-            if isinstance(self, UnifiedKVCache):  # a plain cache leaves the rows to the next decode, and there is none
-                self.tier.copy_stream(cache, seq_id_src, seq_id_dst)
-
-    def seq_keep(self, seq_id: int) -> None:
-        """Remove all other sequences."""
-        self._seq(seq_id, "seq_id")
-        with self._changing() as (_, memory):
-            lib.llama_memory_seq_keep(memory, seq_id)
-            if self.n_stream > 1:  # that was this sequence's stream only
-                for other in set(range(self.n_seq_max)) - {seq_id}:
-                    lib.llama_memory_seq_rm(memory, other, -1, -1)
-
-    def seq_add(self, seq_id: int, p0: int, p1: int, delta: int) -> None:
-        """Move positions by ``delta``; those that come out below 0 are removed.
-
-        Cells that sequences share move in all of them.
-        """
-        self._seq(seq_id, "seq_id")
-        p0, p1 = _range(p0, p1)
-        check_int(delta, "delta", -_POS_MAX, _POS_MAX)
-        with self._changing() as (_, memory):
-            if lib.llama_memory_seq_pos_max(memory, seq_id) + delta >= _POS_MAX:
-                raise ParamsError(f"delta moves positions of sequence {seq_id} beyond {_POS_MAX}.")
-            lib.llama_memory_seq_add(memory, seq_id, p0, p1, delta)
-
-    def seq_div(self, seq_id: int, p0: int, p1: int, d: int) -> None:
-        """Divide positions by ``d``, rounding down. Cells that sequences share move in all of them."""
-        self._seq(seq_id, "seq_id")
-        p0, p1 = _range(p0, p1)
-        check_int(d, "d", 1, _POS_MAX)
-        with self._changing() as (_, memory):
-            lib.llama_memory_seq_div(memory, seq_id, p0, p1, d)
-
-    def seq_pos_min(self, seq_id: int = 0) -> int:
-        """The smallest position of a sequence, -1: it is empty."""
-        self._seq(seq_id, "seq_id")
-        with self.use() as (_, memory):
-            return int(lib.llama_memory_seq_pos_min(memory, seq_id))
-
-    def seq_pos_max(self, seq_id: int = 0) -> int:
-        """The largest position of a sequence, -1: it is empty."""
-        self._seq(seq_id, "seq_id")
-        with self.use() as (_, memory):
-            return int(lib.llama_memory_seq_pos_max(memory, seq_id))
+            checked(lib.llama_kv_mixed_cache_rollback(cache))
 
     #
     # state
     #
 
-    def state_write(self, seq_id: int | None = None) -> bytes:
+    def state_save(self, seq_id: int | None = None) -> bytes:
         """The tokens and rows as bytes, of one sequence or of all (None), in the library's own format."""
         seq_id = -1 if seq_id is None else self._seq(seq_id, "seq_id")
         with self._handle as cache:
-            state = bytearray(_check(lib.llama_kv_mixed_cache_state_get(cache, seq_id, ffi.NULL, 0)))
+            state = bytearray(checked(lib.llama_kv_mixed_cache_state_get(cache, seq_id, ffi.NULL, 0)))
             with ffi.from_buffer(state) as target:
-                _check(lib.llama_kv_mixed_cache_state_get(cache, seq_id, target, len(state)))
+                checked(lib.llama_kv_mixed_cache_state_get(cache, seq_id, target, len(state)))
         return bytes(state)
 
-    def state_read(self, state: bytes, seq_id: int | None = None) -> None:
-        """Bring back what state_write() gave, into one sequence or all of the cache (None), replacing what it holds.
+    def state_load(self, state: bytes, seq_id: int | None = None) -> None:
+        """Bring back what state_save() gave, into one sequence or all of the cache (None), replacing what it holds.
 
         For one sequence a mixed cache may have to move tokens of others to cold.
 
@@ -446,19 +188,20 @@ class KVCache:
         except TypeError:
             raise ParamsError(f"state must be bytes, not {type(state).__name__}.") from None
         # source is released before an exception: its traceback may be kept, and freed in any order
-        with source, self._changing() as (cache, _), error_lines() as errors:
+        with source, self._handle as cache, error_lines() as errors:
+            self.note_loaded(None if seq_id < 0 else seq_id)
             if lib.llama_kv_mixed_cache_state_set(cache, seq_id, source, len(source)) < 0:
-                raise CacheError(f"The state can not be read: {errors.reason() or _reason()}.")
+                raise CacheError(f"The state can not be loaded: {errors.reason() or last_error()}.")
 
-    def _seq(self, seq_id: Any, name: str) -> int:
-        return check_int(seq_id, name, 0, self.n_seq_max - 1)
+    def state_write(self, seq_id: int | None = None) -> bytes:
+        """The old name of state_save(), which goes with the next release."""
+        warnings.warn("state_write() is called state_save() now.", DeprecationWarning, stacklevel=2)
+        return self.state_save(seq_id)
 
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[tuple[Any, Any]]:
-        with self.use() as objects:
-            if self._context is not None:
-                self._context.memory.note_loaded(None)  # it keeps track of sequences that may have gaps
-            yield objects
+    def state_read(self, state: bytes, seq_id: int | None = None) -> None:
+        """The old name of state_load(), which goes with the next release."""
+        warnings.warn("state_read() is called state_load() now.", DeprecationWarning, stacklevel=2)
+        self.state_load(state, seq_id)
 
 
 class MixedKVCache(KVCache):
@@ -520,7 +263,7 @@ class MixedKVCache(KVCache):
         with context._handle as c_context:
             pointer = lib.llama_kv_mixed_cache_from_context(c_context)
         if pointer == ffi.NULL:
-            raise ParamsError(f"The cache can not be used: {_reason()}.")
+            raise ParamsError(f"The cache can not be used: {last_error()}.")
         cache = cls.__new__(cls)
         cache._open(_ContextCacheHandle(pointer, context._handle), context.n_seq_max, 1, context)
         cache._check_layers()
@@ -550,22 +293,22 @@ class MixedKVCache(KVCache):
         check_int(n, "n", 0, _CELLS_MAX)
         check_int(stream, "stream", 0, self.n_stream - 1)
         with self._handle as cache:
-            return _check(lib.llama_kv_mixed_cache_move_to_cold(cache, stream, n))
+            return checked(lib.llama_kv_mixed_cache_move_to_cold(cache, stream, n))
 
     @property
     def params(self) -> KVMixedParams:
         """The parameters in force."""
-        c_params = _sized("struct llama_kv_mixed_params *")
-        with self.use() as (_, memory):
-            _check(lib.llama_kv_mixed_get_params(memory, c_params))
+        c_params = sized("struct llama_kv_mixed_params *")
+        with self.use_memory() as memory:
+            checked(lib.llama_kv_mixed_get_params(memory, c_params))
         return KVMixedParams.from_c(c_params)
 
     @property
     def stats(self) -> CacheStats:
         """What the cache holds and has done."""
-        c_stats = _sized("struct llama_kv_mixed_stats *")
-        with self.use() as (_, memory):
-            _check(lib.llama_kv_mixed_get_stats(memory, c_stats))
+        c_stats = sized("struct llama_kv_mixed_stats *")
+        with self.use_memory() as memory:
+            checked(lib.llama_kv_mixed_get_stats(memory, c_stats))
         return CacheStats.from_c(c_stats)
 
 
@@ -609,6 +352,9 @@ class UnifiedKVCache(KVCache):
         super().__init__(_init(shape, ffi.NULL), n_seq_max, n_pad)
         self.tier = self._first
 
+    def _copy_rows(self, src: int, dst: int) -> None:
+        self.tier.copy_stream(self._handle.pointer, src, dst)
+
     def __repr__(self) -> str:
         return f"<UnifiedKVCache {self.tier!r}{' (closed)' if self._handle.closed else ''}>"
 
@@ -632,13 +378,13 @@ def _shape(
 ) -> Any:
     """A ``struct llama_kv_mixed_shape *``. Raises ParamsError."""
     head_size_v = head_size_k if head_size_v is None else head_size_v
-    shape = _sized("struct llama_kv_mixed_shape *")
-    shape.n_layer = check_int(n_layer, "n_layer", 1, _N_LAYER_MAX)
+    shape = sized("struct llama_kv_mixed_shape *")
+    shape.n_layer = check_int(n_layer, "n_layer", 1, N_LAYER_MAX)
     shape.n_head_kv = check_int(n_head_kv, "n_head_kv", 1, _HEADS_MAX)
     shape.n_embd_head_k = check_int(head_size_k, "head_size_k", 1, _HEADS_MAX // n_head_kv)
     shape.n_embd_head_v = check_int(head_size_v, "head_size_v", 1, _HEADS_MAX // n_head_kv)
     shape.n_ctx = check_int(n_ctx, "n_ctx", 0, _CELLS_MAX)
-    shape.n_seq_max = check_int(n_seq_max, "n_seq_max", 1, _N_SEQ_MAX)
+    shape.n_seq_max = check_int(n_seq_max, "n_seq_max", 1, N_SEQ_MAX)
     shape.n_pad = check_int(n_pad, "n_pad", 1, _CELLS_MAX)
     if not isinstance(unified, bool):
         raise ParamsError(f"unified must be True or False, not {unified!r}.")
@@ -652,28 +398,10 @@ def _shape(
 
 
 def _init(shape: Any, c_params: Any) -> ExclusiveHandle:
+    if c_params != ffi.NULL:  # it will move rows
+        check_threads(_N_THREADS, CacheError)
+        note_threads(_N_THREADS)
     pointer = lib.llama_kv_mixed_cache_init(shape, c_params)
     if pointer == ffi.NULL:
-        raise ParamsError(f"The cache can not be made: {_reason()}.")
+        raise ParamsError(f"The cache can not be made: {last_error()}.")
     return ExclusiveHandle(pointer, lib.llama_kv_mixed_cache_free, None, "cache", CacheError)
-
-
-def _sized(c_type: str) -> Any:
-    """A new struct that carries its size."""
-    struct = ffi.new(c_type)
-    struct.struct_size = ffi.sizeof(struct[0])
-    return struct
-
-
-def _range(p0: Any, p1: Any) -> tuple[int, int]:
-    return max(check_int(p0, "p0", -1, _POS_MAX), 0), check_int(p1, "p1", -1, _POS_MAX)
-
-
-def _check(result: int, error: type[LlamamixError] = CacheError) -> int:
-    if result < 0:
-        raise error(f"The cache can not be used like this: {_reason()}.", result)
-    return int(result)
-
-
-def _reason() -> str:
-    return ffi.string(lib.llama_kv_mixed_last_error()).decode("utf-8", "replace").rstrip(".")

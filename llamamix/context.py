@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import struct
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ._ffi import error_lines, ffi, lib
-from ._handle import ExclusiveHandle
-from .batch import Batch, check_order, output_mask, positions, sequence_ids
+from ._ffi import error_lines, ffi, lib, sized
+from ._fork import check_threads, note_threads
+from .create import create_context
 from .errors import ContextError, ContextFullError, ParamsError, check
+from .generate import generate
 from .memory import Memory
 from .model import Model, as_tokens
-from .params import (
-    KV_TYPES,
-    N_THREADS_MAX,
-    ContextParams,
-    KVMixedParams,
-    SamplingParams,
-    check_int,
-    from_options,
-    resolve_kv_mixed,
-)
+from .params import N_THREADS_MAX, POS_MAX, ContextParams, KVMixedParams, SamplingParams, check_int, from_options
+from .pooling import NONE, RANK
 from .sampling import Sampler
+from .state import load_state, save_state, state_body
 from .stats import CacheStats, PerfData
 from .text import TextStream
-
-_POOLING_NONE, _POOLING_RANK = 0, 4
-_POS_MAX = 2**31 - 1
-
-# a saved state: magic, what it is of (-1: all sequences, 0: one), CRC-32 and size of what follows
-_STATE_HEADER = struct.Struct("<8siIQ")
-_STATE_MAGIC = b"LLAMAMIX"
+from .tokens import Tokens, check_order, output_mask, positions, sequence_ids
 
 _REASONS = {1: "the KV cache is full", 2: "the abort callback ended it"}
-
-# architectures whose graph has V in a shape that can only be stored transposed
-_ARCHS_V_TRANSPOSED = ("plm",)
 
 # a batch of so many tokens computes for long enough that Ctrl-C should not have to wait for it
 _N_TOKENS_INTERRUPTIBLE = 32
@@ -58,21 +40,8 @@ class Context:
     def __init__(self, model: Model, **params: Any) -> None:
         self.params: ContextParams = from_options(ContextParams, params)
         self.model = model
-        model_handle = model.handle()
-        kv_mixed = resolve_kv_mixed(self.params.kv_mixed)
-        _check_supported(model, self.params)
-
-        with error_lines() as errors:
-            pointer = lib.llama_kv_mixed_init_from_model(
-                model_handle.pointer,
-                self.params.to_c(_n_cpus()),
-                kv_mixed.to_c() if kv_mixed else ffi.NULL,
-            )
-            if pointer != ffi.NULL:
-                self._handle = ExclusiveHandle(pointer, lib.llama_free, model_handle, "context", ContextError)
-        if pointer == ffi.NULL:
-            reason = errors.reason() or ffi.string(lib.llama_kv_mixed_last_error()).decode("utf-8", "replace")
-            raise ContextError(f"The context can not be created: {reason}.")
+        self._handle, self._pooling = create_context(model, self.params)
+        pointer = self._handle.pointer
 
         self._n_vocab = model.n_vocab
         self._n_embd_out = model.n_embd_out
@@ -94,14 +63,12 @@ class Context:
         self.memory = Memory(
             self._handle,
             n_seq_max=self.n_seq_max,
-            n_stream=1 if self.params.kv_unified else self.n_seq_max,
+            n_stream=self._pooling.n_stream,
             has_multi_pos=self._has_multi_pos,
         )
 
-        self._pooling = int(lib.llama_pooling_type(pointer))
-        # without a causal mask, or a cache, every token must be in the same graph
-        self._one_graph = not lib.llama_get_causal_attn(pointer) or lib.llama_get_memory(pointer) == ffi.NULL
-
+        self._pooling_type = int(lib.llama_pooling_type(pointer))
+        self._n_threads_max = max(lib.llama_n_threads(pointer), lib.llama_n_threads_batch(pointer))
         self._n_outputs = 0  # of the last llama_decode()
         self._earlier: list[tuple[np.ndarray | None, np.ndarray | None]] = []  # logits, embeddings before the last one
         self._has_outputs = False
@@ -139,7 +106,7 @@ class Context:
         n = len(tokens)
         check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
         if pos is not None:
-            check_int(pos, "pos", 0, _POS_MAX - n)
+            check_int(pos, "pos", 0, POS_MAX - n)
         output = output_mask(logits, n, _ends(n, [n - 1]))
         with self._handle as ctx:
             self._decode_sequence(ctx, tokens, pos, seq_id, output)
@@ -171,15 +138,15 @@ class Context:
             else:
                 array = positions(pos, n)
             check_order(array, flat, n_seq, may_jump=self._has_multi_pos)
-            batch = Batch(tokens, array, flat, n_seq, output)
+            batch = Tokens(tokens, array, flat, n_seq, output)
             self._decode(ctx, batch, batch.spans())
 
     def _decode_sequence(self, ctx: Any, tokens: np.ndarray, pos: int | None, seq_id: int, output: np.ndarray) -> None:
         n = len(tokens)
         first = self._next_pos(ctx, seq_id) if pos is None else int(pos)
         pos_all = np.arange(first, first + n, dtype=np.int32)
-        batch = Batch(tokens, pos_all, np.full(n, seq_id, np.int32), np.ones(n, np.int32), output)
-        self._decode(ctx, batch, {seq_id: (first, first + n)})
+        batch = Tokens(tokens, pos_all, np.full(n, seq_id, np.int32), np.ones(n, np.int32), output)
+        self._decode(ctx, batch, {seq_id: (first, n)})
 
     def _decode_row(self, tokens: np.ndarray, seq_id: int) -> np.ndarray:
         """Decode tokens and take the last one's logits before another thread can decode."""
@@ -193,14 +160,11 @@ class Context:
     def _next_pos(self, ctx: Any, seq_id: int) -> int:
         return int(lib.llama_memory_seq_pos_max(lib.llama_get_memory(ctx), seq_id)) + 1
 
-    def _decode(self, ctx: Any, batch: Batch, spans: Mapping[int, tuple[int, int]]) -> None:
+    def _decode(self, ctx: Any, batch: Tokens, spans: Mapping[int, tuple[int, int]]) -> None:
         n = len(batch)
         if self.params.embeddings:  # libllama keeps all of them then
             batch.output[:] = 1
-        if self._one_graph and n > self.n_ubatch:
-            raise ParamsError(f"{n} tokens must be one graph for this model, and n_ubatch is {self.n_ubatch}.")
-        if self._pooling != _POOLING_NONE and self.params.embeddings and n > self.n_batch:
-            raise ParamsError(f"{n} tokens must be one batch to pool their embeddings, and n_batch is {self.n_batch}.")
+        self._pooling.check(batch, self.n_batch, self.n_ubatch)
         lib.llama_synchronize(ctx)  # else the tokens of the call before count as part of this one in perf
         self._check_room(ctx, spans)
 
@@ -219,16 +183,17 @@ class Context:
 
     def _check_room(self, ctx: Any, spans: Mapping[int, tuple[int, int]]) -> None:
         """Refuse what certainly does not fit, before anything is computed."""
-        if self._is_recurrent or self._one_graph:
+        if self._is_recurrent or not (self._pooling.causal and self._pooling.has_memory):
             return
-        for seq_id, (first, end) in spans.items():
-            n_cells = self.memory.n_cells(ctx, seq_id, first, end)
+        for seq_id, (first, n) in spans.items():
+            n_cells = self.memory.n_cells(ctx, seq_id, first, n)
             if n_cells > self.n_ctx_seq:
                 raise ContextFullError(
                     f"Sequence {seq_id} would have {n_cells} tokens, and the context holds {self.n_ctx_seq}.", 1
                 )
 
-    def _call_decode(self, ctx: Any, part: Batch) -> tuple[int, str]:
+    def _call_decode(self, ctx: Any, part: Tokens) -> tuple[int, str]:
+        note_threads(self._n_threads_max)
         c_batch, keep = part.to_c()
         abort = self._abort
         if (
@@ -277,7 +242,7 @@ class Context:
 
         Raises ContextError when there are none, or when they are pooled (see embeddings_seq).
         """
-        if self._pooling != _POOLING_NONE:
+        if self._pooling_type != NONE:
             raise ContextError("The embeddings are pooled; embeddings_seq() has them by sequence.")
         return self._outputs(1, self._n_embd_out, self._copy_embeddings)
 
@@ -291,7 +256,7 @@ class Context:
             pointer = lib.llama_get_embeddings_seq(ctx, seq_id) if self._has_outputs else ffi.NULL
             if pointer == ffi.NULL:
                 raise ContextError(f"There is no pooled embedding of sequence {seq_id}.")
-            return _copy_rows(pointer, 1, self._n_cls_out if self._pooling == _POOLING_RANK else self._n_embd_out)[0]
+            return _copy_rows(pointer, 1, self._n_cls_out if self._pooling_type == RANK else self._n_embd_out)[0]
 
     def _outputs(self, which: int, n_columns: int, copy: Callable[[Any], np.ndarray | None]) -> np.ndarray:
         name = ("logits", "embeddings")[which]
@@ -311,7 +276,7 @@ class Context:
         return None if pointer == ffi.NULL else _copy_rows(pointer, self._n_outputs, self._n_vocab)
 
     def _copy_embeddings(self, ctx: Any) -> np.ndarray | None:
-        if not self.params.embeddings or self._pooling != _POOLING_NONE:
+        if not self.params.embeddings or self._pooling_type != NONE:
             return None
         pointer = lib.llama_get_embeddings(ctx)
         return None if pointer == ffi.NULL else _copy_rows(pointer, self._n_outputs, self._n_embd_out)
@@ -338,14 +303,18 @@ class Context:
         Whenever a piece is yielded the sequence holds the prompt and every token generated so far. Raises
         ContextFullError when the context is full, after all text was yielded, and what decode() raises.
         """
-        check_int(max_tokens, "max_tokens", 1, _POS_MAX)
+        check_int(max_tokens, "max_tokens", 1, POS_MAX)
         check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
         if isinstance(prompt, str):
             prompt = self.model.tokenize(prompt, add_special=self.memory.seq_pos_max(seq_id) < 0)
         tokens = as_tokens(prompt, self._n_vocab)
         stream = TextStream(stop)
         sampler = Sampler(self.model, sampling or SamplingParams())
-        return self._generate(tokens, max_tokens, sampler, stream, seq_id)
+
+        def decode(part: np.ndarray) -> np.ndarray:
+            return self._decode_row(part, seq_id)
+
+        return generate(self.model, decode, tokens, max_tokens, sampler, stream)
 
     def chat(
         self,
@@ -365,32 +334,6 @@ class Context:
         self.memory.seq_rm(seq_id)
         return pieces
 
-    def _generate(
-        self, tokens: np.ndarray, max_tokens: int, sampler: Sampler, stream: TextStream, seq_id: int
-    ) -> Iterator[str]:
-        try:
-            logits = self._decode_row(tokens, seq_id)
-            for _ in range(max_tokens):
-                token = sampler.sample(logits)
-                if self.model.is_eog(token):
-                    break
-                text = stream.feed(self.model.token_to_piece(token))
-                try:
-                    logits = self._decode_row(np.array([token], np.int32), seq_id)
-                except ContextFullError:
-                    text += stream.finish()
-                    if text:
-                        yield text
-                    raise
-                if text:
-                    yield text
-                if stream.stopped:
-                    break
-            if text := stream.finish():
-                yield text
-        finally:
-            sampler.close()
-
     #
     # state
     #
@@ -398,8 +341,7 @@ class Context:
     @property
     def kv_mixed(self) -> KVMixedParams | None:
         """The mixed KV cache's parameters in force, None: the cache is a plain one."""
-        c_params = ffi.new("struct llama_kv_mixed_params *")
-        c_params.struct_size = ffi.sizeof(c_params[0])
+        c_params = sized("struct llama_kv_mixed_params *")
         with self._handle as ctx:
             code = lib.llama_kv_mixed_get_params(lib.llama_get_memory(ctx), c_params)
         return KVMixedParams.from_c(c_params) if code == 0 else None
@@ -407,8 +349,7 @@ class Context:
     @property
     def stats(self) -> CacheStats | None:
         """What the mixed KV cache holds and has done, None: the cache is a plain one."""
-        c_stats = ffi.new("struct llama_kv_mixed_stats *")
-        c_stats.struct_size = ffi.sizeof(c_stats[0])
+        c_stats = sized("struct llama_kv_mixed_stats *")
         with self._handle as ctx:
             code = lib.llama_kv_mixed_get_stats(lib.llama_get_memory(ctx), c_stats)
         return CacheStats.from_c(c_stats) if code == 0 else None
@@ -430,23 +371,8 @@ class Context:
         """The KV cache's content as bytes, of one sequence or of all (None). Raises ContextError."""
         if seq_id is not None:
             check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
-        with self._handle as ctx, error_lines() as errors:
-            if seq_id is None:
-                size = lib.llama_state_get_size(ctx)
-            else:
-                size = lib.llama_state_seq_get_size(ctx, seq_id)
-            state = bytearray(_STATE_HEADER.size + size)
-            body = memoryview(state)[_STATE_HEADER.size :]
-            with ffi.from_buffer("uint8_t[]", body) as target:
-                if seq_id is None:
-                    written = lib.llama_state_get_data(ctx, target, size)
-                else:
-                    written = lib.llama_state_seq_get_data(ctx, target, size, seq_id)
-            if size == 0 or written != size:
-                raise ContextError(f"The state can not be saved: {errors.reason() or 'libllama gives no reason'}.")
-            whose = -1 if seq_id is None else 0
-            _STATE_HEADER.pack_into(state, 0, _STATE_MAGIC, whose, zlib.crc32(body), size)
-            return bytes(state)
+        with self._handle as ctx:
+            return save_state(ctx, seq_id)
 
     def state_load(self, state: bytes, seq_id: int | None = None) -> None:
         """Bring back what state_save() gave, in place of all that the cache holds (None) or of one sequence.
@@ -456,18 +382,11 @@ class Context:
         """
         if seq_id is not None:
             check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
-        body = _check_state(state, whole=seq_id is None)
-        with self._handle as ctx, error_lines() as errors:
+        body = state_body(state, whole=seq_id is None)
+        with self._handle as ctx:
             self._has_outputs = False
-            # released before an exception: its traceback may be kept, and freed in any order
-            with ffi.from_buffer("uint8_t[]", body) as source:
-                if seq_id is None:
-                    read = lib.llama_state_set_data(ctx, source, len(body))
-                else:
-                    read = lib.llama_state_seq_set_data(ctx, source, len(body), seq_id)
             self.memory.note_loaded(seq_id)
-            if read != len(body):
-                raise ContextError(f"The state can not be loaded: {errors.reason() or 'it is of another context'}.")
+            load_state(ctx, body, seq_id)
 
     #
     # control
@@ -496,12 +415,17 @@ class Context:
             return int(lib.llama_n_threads_batch(ctx))
 
     def set_n_threads(self, n_threads: int, n_threads_batch: int | None = None) -> None:
-        """Threads for single tokens and for batches (None: as many)."""
+        """Threads for single tokens and for batches (None: as many).
+
+        Raises ParamsError, and ContextError where several can not be used (a process that was forked).
+        """
         n_threads_batch = n_threads if n_threads_batch is None else n_threads_batch
         check_int(n_threads, "n_threads", 1, N_THREADS_MAX)
         check_int(n_threads_batch, "n_threads_batch", 1, N_THREADS_MAX)
+        check_threads(max(n_threads, n_threads_batch), ContextError)
         with self._handle as ctx:
             lib.llama_set_n_threads(ctx, int(n_threads), int(n_threads_batch))
+            self._n_threads_max = max(n_threads, n_threads_batch)
 
 
 def _never() -> bool:
@@ -525,46 +449,3 @@ def _ends(n: int, last: Iterable[int]) -> np.ndarray:
 def _copy_rows(pointer: Any, n_rows: int, n_columns: int) -> np.ndarray:
     data = ffi.buffer(pointer, 4 * n_rows * n_columns)
     return np.frombuffer(data, np.float32).reshape(n_rows, n_columns).copy()
-
-
-def _n_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _check_supported(model: Model, params: ContextParams) -> None:
-    """Refuse what libllama would abort the process for."""
-    if model.params.vocab_only:
-        raise ContextError("The model was loaded with its vocabulary only.")
-    if model.has_encoder:
-        raise ContextError("Models with an encoder are not supported.")
-    arch = model.metadata.get("general.architecture")
-    if arch in _ARCHS_V_TRANSPOSED and (params.flash_attn != "off" or resolve_kv_mixed(params.kv_mixed) is not None):
-        raise ContextError(f"A model of architecture {arch} needs flash_attn='off' and kv_mixed=False.")
-    for size, name in zip(model.head_sizes(), ("type_k", "type_v"), strict=True):
-        ggml_type = getattr(params, name)
-        block = lib.ggml_blck_size(KV_TYPES[ggml_type])
-        if size % block != 0:
-            raise ContextError(
-                f"{name}={ggml_type} stores blocks of {block} elements, which do not divide a head of {size}."
-            )
-
-
-def _check_state(state: Any, whole: bool) -> memoryview:
-    try:
-        view = memoryview(state).cast("B")
-    except TypeError:
-        raise ParamsError(f"A state must be bytes, not {type(state).__name__}.") from None
-    if len(view) < _STATE_HEADER.size:
-        raise ContextError("These bytes are no saved state.")
-    magic, whose, crc, size = _STATE_HEADER.unpack_from(view)
-    body = view[_STATE_HEADER.size :]
-    if magic != _STATE_MAGIC:
-        raise ContextError("These bytes are no saved state.")
-    if whose not in (-1, 0) or len(body) != size or zlib.crc32(body) != crc:
-        raise ContextError("The saved state is damaged.")
-    if whole != (whose == -1):
-        held = "all sequences" if whose == -1 else "one sequence"
-        raise ContextError(f"The saved state is that of {held}.")
-    return body

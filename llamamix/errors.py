@@ -38,6 +38,10 @@ class DecodeAborted(ContextError):
     """The abort callback stopped a decode. The ubatches that were finished stay in the KV cache."""
 
 
+class CacheError(LlamamixError):
+    """A KV cache that is driven by hand can not do what it is asked for, or is closed."""
+
+
 class PullError(LlamamixError):
     """A model or text can not be fetched from its registry."""
 

@@ -78,7 +78,7 @@ class Model:
         with error_lines() as errors:
             pointer = lib.llama_model_load_from_file(_path_bytes(self.path), self.params.to_c())
             if pointer != ffi.NULL:
-                self._handle = Handle(pointer, lib.llama_model_free)
+                self._handle = Handle(pointer, lib.llama_model_free, None, "model", ModelError)
         if self._handle is None:
             raise ModelError(f"{self.path} can not be loaded: {errors.reason() or 'libllama gives no reason'}.")
 
@@ -96,9 +96,10 @@ class Model:
         self._handle = None  # contexts hold the handle too
 
     def handle(self) -> Handle:
-        """What keeps the C object alive. Raises ModelError when closed."""
+        """What keeps the C object alive. Raises ModelError when closed, and in a process that was forked since."""
         if self._handle is None:
             raise ModelError("The model is closed.")
+        self._handle.check_process()
         return self._handle
 
     #

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ._ffi import ffi, lib
+from ._ffi import last_error, lib, sized
 from .errors import ParamsError
 
 #: ggml's name and number of every type that a KV cache can have
@@ -26,10 +26,12 @@ KV_TYPES = {
 }
 _KV_TYPE_NAMES = {number: name for name, number in KV_TYPES.items()}
 
-_UINT32_MAX = 2**32 - 1
 _COUNT_MAX = 10**9 - 1  # nine digits, the most that the text form of the mixed parameters has
 N_THREADS_MAX = 512  # GGML_MAX_N_THREADS
-_N_SEQ_MAX = 256  # LLAMA_MAX_SEQ
+POS_MAX = 2**31 - 1  # of llama_pos, and above all positions
+_N_UBATCH = 512  # libllama's default
+N_SEQ_MAX = 256  # LLAMA_MAX_SEQ
+N_LAYER_MAX = 512  # LLAMA_MAX_LAYERS
 
 #: llama_kv_mixed_attn_type
 ATTN_TYPES = {"auto": 0, "fused": 1, "compose": 2}
@@ -181,11 +183,9 @@ class KVMixedParams:
             raise ParamsError(
                 f"The mixed KV cache's parameters must be a text such as 'hot=512,cold=q4_0', not {spec!r}."
             )
-        c_params = ffi.new("struct llama_kv_mixed_params *")
-        c_params.struct_size = ffi.sizeof(c_params[0])
+        c_params = sized("struct llama_kv_mixed_params *")
         if lib.llama_kv_mixed_params_parse(spec.encode("utf-8", "replace"), c_params) != 0:
-            reason = ffi.string(lib.llama_kv_mixed_last_error()).decode("utf-8", "replace")
-            raise ParamsError(f"kv_mixed can not be {spec!r}: {reason}.")
+            raise ParamsError(f"kv_mixed can not be {spec!r}: {last_error()}.")
         return cls.from_c(c_params)
 
     def spec(self) -> str:
@@ -212,8 +212,7 @@ class KVMixedParams:
 
     def to_c(self) -> Any:
         """As a ``struct llama_kv_mixed_params *``."""
-        c_params = ffi.new("struct llama_kv_mixed_params *")
-        c_params.struct_size = ffi.sizeof(c_params[0])
+        c_params = sized("struct llama_kv_mixed_params *")
         c_params.n_hot = self.hot
         c_params.n_cold = self.cold_size
         c_params.n_group = self.group
@@ -293,7 +292,8 @@ class ContextParams:
 
     n_ctx            cells of the KV cache, rounded up to a multiple of 256; 0: the context the model was trained with
     n_batch          the most tokens that one call of llama_decode() gets (longer input is split)
-    n_ubatch         the most tokens that one graph computes
+    n_ubatch         the most tokens that one graph computes, None: 512, or n_batch where all of a batch must be in one
+                     (pooled embeddings, models without a causal mask)
     n_seq_max        sequences; their ids are 0 to n_seq_max - 1
     n_threads        for single tokens, None: as many as this process may use
     n_threads_batch  for batches, None: n_threads
@@ -315,7 +315,7 @@ class ContextParams:
 
     n_ctx: int = 4096
     n_batch: int = 2048
-    n_ubatch: int = 512
+    n_ubatch: int | None = None
     n_seq_max: int = 1
     n_threads: int | None = None
     n_threads_batch: int | None = None
@@ -335,11 +335,10 @@ class ContextParams:
     def __post_init__(self) -> None:
         _check_int(self, "n_ctx", 0, 2**31 - 256)
         _check_int(self, "n_batch", 1, 2**31 - 1)
-        _check_int(self, "n_ubatch", 1, 2**31 - 1)
-        _check_int(self, "n_seq_max", 1, _N_SEQ_MAX)
-        for name in ("n_threads", "n_threads_batch"):
+        _check_int(self, "n_seq_max", 1, N_SEQ_MAX)
+        for name, most in (("n_ubatch", 2**31 - 1), ("n_threads", N_THREADS_MAX), ("n_threads_batch", N_THREADS_MAX)):
             if getattr(self, name) is not None:
-                _check_int(self, name, 1, N_THREADS_MAX)
+                _check_int(self, name, 1, most)
         _check_name(self, "flash_attn", FLASH_ATTN)
         _check_name(self, "type_k", KV_TYPES)
         _check_name(self, "type_v", KV_TYPES)
@@ -356,7 +355,7 @@ class ContextParams:
         c_params = lib.llama_context_default_params()
         c_params.n_ctx = self.n_ctx
         c_params.n_batch = self.n_batch
-        c_params.n_ubatch = self.n_ubatch
+        c_params.n_ubatch = self.n_ubatch or _N_UBATCH
         c_params.n_seq_max = self.n_seq_max
         c_params.n_threads = self.n_threads or n_threads
         c_params.n_threads_batch = self.n_threads_batch or c_params.n_threads

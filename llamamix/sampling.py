@@ -82,11 +82,11 @@ class Sampler:
         pointer = lib.llama_sampler_init_grammar(vocab, text.tobytes(), b"root")
         if pointer == ffi.NULL:
             raise ParamsError("grammar can not be parsed as GBNF with a rule named root.")
-        return Handle(pointer, lib.llama_sampler_free, self._model_handle)
+        return Handle(pointer, lib.llama_sampler_free, self._model_handle, "grammar", ContextError)
 
     def _make_chain(self, params: SamplingParams) -> Handle:
         chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        handle = Handle(chain, lib.llama_sampler_free)
+        handle = Handle(chain, lib.llama_sampler_free, None, "sampler", ContextError)
 
         def add(sampler: Any) -> None:
             lib.llama_sampler_chain_add(chain, sampler)

@@ -134,7 +134,7 @@ def kv_bytes(shape: ModelShape, n_ctx: int, params: KVMixedParams) -> int:
 
 def _loaded_layers(path: Path) -> tuple[tuple[LayerShape, ...], int] | None:
     """What libllama says of the layers, and the size of their windows; None when it does not load the file."""
-    from ._ffi import error_lines, ffi, lib
+    from ._ffi import error_lines, ffi, lib, sized
     from .model import _path_bytes
 
     c_params = lib.llama_model_default_params()
@@ -146,9 +146,8 @@ def _loaded_layers(path: Path) -> tuple[tuple[LayerShape, ...], int] | None:
         return None
     try:
         layers = []
-        c_layer = ffi.new("struct llama_kv_mixed_layer *")
         for i in range(lib.llama_model_n_layer(model)):
-            c_layer.struct_size = ffi.sizeof(c_layer[0])
+            c_layer = sized("struct llama_kv_mixed_layer *")
             if lib.llama_kv_mixed_get_layer(model, i, c_layer) == 0 and c_layer.n_head_kv > 0:
                 sizes = int(c_layer.n_embd_head_k), int(c_layer.n_embd_head_v)
                 layers.append(LayerShape(int(c_layer.n_head_kv), *sizes, bool(c_layer.is_swa)))

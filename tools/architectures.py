@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from llamamix import markdown
+
 TOOL = Path(__file__).parent.parent / "build" / "cpu" / "bin" / "test-llama-archs"
 
 N_PROMPT, N_TOKENS = 330, 400
@@ -61,9 +63,8 @@ No toys are made of some architectures: Gemma 3n, T5 (refused for its relative p
 `tests/helpers/tiny_model.py` writes one. The way in is the same for all: where upstream makes a plain cache for layers that attend
 to the whole context, the mixed one takes its place; any other memory is refused.
 
-| architecture | KV cache | layers mixed | rest | largest difference / allowed |
-|---|---|---|---|---|
 """
+COLUMNS = ("architecture", "KV cache", "layers mixed", "rest", "largest difference / allowed")
 
 
 def make_toys(tool: Path, folder: Path, pattern: str = "") -> list[Path]:
@@ -153,14 +154,18 @@ def _rest(row: dict[str, Any]) -> str:
     return ", ".join(parts) if row["rest"] else ""
 
 
-def line(row: dict[str, Any]) -> str:
+def cells_of(row: dict[str, Any]) -> list[str]:
     if row["status"] == "mixed":
         cells = ["mixed", f"{row['n_layer']} of {row['n_layer_all']}", _rest(row)]
         cells.append(f"{row['difference']:.1e} / {row['bound']:.1e}")
     else:
         reason = row.get("reason", "").rstrip(".").split(" model: ")[-1]  # without the architecture's name
         cells = [f"{row['status']}: {reason}".rstrip(": "), "", "", ""]
-    return f"| {' | '.join([row['arch'], *cells])} |"
+    return [row["arch"], *cells]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    return markdown.table(COLUMNS, [cells_of(row) for row in rows], padded=False)
 
 
 def main() -> int:
@@ -180,7 +185,7 @@ def main() -> int:
         toys = sorted(args.toys.glob("*.gguf")) if args.toys else make_toys(args.tool, Path(folder), args.arch)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             rows = list(pool.map(check_apart, toys))
-    print(PAGE + "\n".join(line(row) for row in rows))
+    print(PAGE + table(rows), end="")
     return 0 if all(row["status"] in ("mixed", "refused") for row in rows) else 1
 
 

@@ -18,7 +18,6 @@ struct ggml_init_params {
 };
 
 size_t ggml_type_size(int32_t type);
-size_t ggml_row_size (int32_t type, int64_t ne);
 
 // graphs
 

@@ -133,6 +133,7 @@ struct llama_logit_bias {
 // library
 
 void llama_backend_init(void);
+const char * llama_print_system_info(void);
 void llama_log_set(void (*log_callback)(int32_t level, const char * text, void * user_data), void * user_data);
 
 const char * ggml_type_name(int32_t type);

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .. import markdown
 from .plan import N_BATCH, N_UBATCH
 from .records import Row
 from .summary import Fit, Summary
@@ -33,13 +34,7 @@ class Grid:
 
     def markdown(self) -> str:
         """Caption and table."""
-        lines = [[cell.replace("|", "\\|") for cell in line] for line in (self.columns, *self.rows)]
-        widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(self.columns))]
-        rule = ["-" * (w - 1) + ":" if right else "-" * w for w, right in zip(widths, self.right, strict=True)]
-        table = "".join(
-            f"| {' | '.join(map(_align, line, widths, self.right))} |\n" for line in (lines[0], rule, *lines[1:])
-        )
-        return f"{self.caption}\n\n{table}"
+        return f"{self.caption}\n\n{markdown.table(self.columns, self.rows, self.right)}"
 
     def rich(self) -> Table:
         """Caption and table for a rich console."""
@@ -148,7 +143,3 @@ def _percent(share: float | None) -> str:
 
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
-def _align(cell: str, width: int, right: bool) -> str:
-    return cell.rjust(width) if right else cell.ljust(width)

@@ -8,6 +8,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .. import markdown
+
 Record = Mapping[str, Any]
 
 
@@ -17,15 +19,8 @@ def render(records: Sequence[Record], form: str) -> str:
 
 
 def _md(records: Sequence[Record]) -> str:
-    rows = [list(records[0]), *([_cell(value) for value in record.values()] for record in records)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    numeric = [not isinstance(value, str) for value in records[0].values()]
-    rule = [("-" * (w - 1) + ":") if n else "-" * w for w, n in zip(widths, numeric, strict=True)]
-    lines = [
-        "| " + " | ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)) + " |"
-        for row in (rows[0], rule, *rows[1:])
-    ]
-    return "\n".join(lines) + "\n"
+    right = [not isinstance(value, str) for value in records[0].values()]
+    return markdown.table(list(records[0]), [[_cell(value) for value in record.values()] for record in records], right)
 
 
 def _cell(value: Any) -> str:

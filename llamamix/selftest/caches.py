@@ -125,11 +125,11 @@ def find_slot_trigger(play: Play) -> None:
         play.check("rows of a full cache", "160 of 160", right_rows(cache))
         log_events(cache, True)
         play.read_log()
-        before, stats = cache.state_write(), cache.stats
+        before, stats = cache.state_save(), cache.stats
         found = [find(cache, range(40, 40 + n)) for n in (1, 3, 8, 9, 100)]
         play.check("cells for 1, 3, 8, 9 and 100 more", [()] * 5, found)
         play.check_refused("commit", "commit without find_slot", CacheError, cache.commit)
-        play.check("nothing has changed", True, cache.state_write() == before)
+        play.check("nothing has changed", True, cache.state_save() == before)
         counted = (cache.stats.n_refused - stats.n_refused, cache.stats.n_migrations - stats.n_migrations)
         play.check("refusals and migrations that were counted", (5, 0), counted)
         full = "[MIXED_CACHE_DEBUG] find_slot: hot and cold cache are full: hot=8/8, cold=32/32"
@@ -194,10 +194,10 @@ def sequence_ops(play: Play) -> None:
 def _states(play: Play, cache: MixedKVCache) -> None:
     """Closes the cache."""
     with cache, make_cache(16, 64, 8, 4, n_seq_max=43) as other, make_cache(16, 64, 8, 4, n_seq_max=43) as third:
-        state = cache.state_write()
-        other.state_read(state)
+        state = cache.state_save()
+        other.state_load(state)
         play.check("state, read into another cache", "hot 8-19, cold 0-7", tokens(other, 42))
-        play.check("written from there", True, other.state_write() == state)
+        play.check("written from there", True, other.state_save() == state)
         play.check("its rows", "80 of 80", right_rows(other))
         same = sum(
             np.array_equal(getattr(cache.cold, get)(layer).data, getattr(other.cold, get)(layer).data)
@@ -205,12 +205,12 @@ def _states(play: Play, cache: MixedKVCache) -> None:
             for layer in range(N_LAYER)
         )
         play.check("cold tensors that are the same bit by bit", "4 of 4", f"{same} of 4")
-        one = cache.state_write(42)
-        third.state_read(one, 3)
+        one = cache.state_save(42)
+        third.state_load(one, 3)
         play.check("state of 42, read as 3", "hot 8-19, cold 0-7", tokens(third, 3))
         play.check("as 3 alone", "hot none, cold none", tokens(third, 42))
         play.check("rows of 3", "80 of 80", right_rows(third))
-        third.state_read(one, 42)  # the tokens of 3 make way
+        third.state_load(one, 42)  # the tokens of 3 make way
         play.check("read as 42 too", "hot 8-19, cold 0-7", tokens(third, 42))
         play.check("3 is there still", (0, 19), (third.seq_pos_min(3), third.seq_pos_max(3)))
         play.check("rows of both", "160 of 160", right_rows(third))

@@ -70,7 +70,7 @@ def _value(name: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, list):
             raise ValueError(f"{name} must be a list")
         return tuple(_value(name, item, get_args(hint)[0]) for item in value)
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return from_dict(hint, value)
     if issubclass(hint, Enum):
         return hint(value)

@@ -9,11 +9,10 @@ import weakref
 from dataclasses import replace
 from typing import Any, Protocol
 
-from .._ffi import ffi, lib
+from .._ffi import ffi, lib, sized
 from .._handle import ExclusiveHandle
 from ..errors import ContextError
-from ..memory import check_int
-from ..params import KVMixedParams
+from ..params import KVMixedParams, check_int
 from ..stats import CacheStats
 from .events import Event, EventKind, LayerError, Trigger
 
@@ -120,7 +119,12 @@ class Trace:
             self._waiting = self._drain()
 
     def stop(self) -> None:
-        """Record nothing more; what waits can still be read. Stopping twice is fine."""
+        """Record nothing more; what waits can still be read. Stopping twice is fine.
+
+        In a process that was forked since start() this does nothing.
+        """
+        if self._handle.inherited:  # a thread that this process does not have may hold the lock
+            return
         with self._lock, self._handle.guard() as pointer:
             if not self._on:
                 return
@@ -140,6 +144,7 @@ class Trace:
 
     def read(self) -> list[Event]:
         """Take the events since the last call, oldest first. Raises ContextError when the context is closed."""
+        self._handle.check_process()
         with self._lock, self._handle.guard() as pointer:
             if self._memory is None:
                 raise ContextError("The trace has not begun.")
@@ -183,8 +188,7 @@ def _address(memory: Any) -> int:
 
 def _filled(name: str, fill: Any, memory: Any) -> Any:
     """A struct that the library fills."""
-    c_struct = ffi.new(f"struct {name} *")
-    c_struct.struct_size = ffi.sizeof(c_struct[0])
+    c_struct = sized(f"struct {name} *")
     fill(memory, c_struct)
     return c_struct
 

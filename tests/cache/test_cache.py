@@ -443,13 +443,13 @@ def test_state_is_read_back(make: Callable[..., MixedKVCache], unified: bool) ->
     add(cache, 9, seq=0)
     add(cache, 6, seq=2)
     add(other, 20, seq=1)  # makes way
-    state = cache.state_write()
-    other.state_read(state)
-    assert other.state_write() == state
+    state = cache.state_save()
+    other.state_load(state)
+    assert other.state_save() == state
     for seq in range(3):
         assert positions(other, seq) == positions(cache, seq)
 
-    other.state_read(bytearray(cache.state_write(2)), 1)  # of one sequence, under another name
+    other.state_load(bytearray(cache.state_save(2)), 1)  # of one sequence, under another name
     assert positions(other, 1) == positions(other, 2) == positions(cache, 2)
     for tier in (cache.hot, other.hot):
         for cell in tier.cells(0 if unified else 2):
@@ -471,7 +471,7 @@ def test_state_keeps_shifts(make: Callable[..., MixedKVCache], unified: bool) ->
     ]
     for seq_id, other_id in ((None, 0), (0, 0), (0, 2)):
         other = make(unified=unified)
-        other.state_read(cache.state_write(seq_id), seq_id if seq_id is None else other_id)
+        other.state_load(cache.state_save(seq_id), seq_id if seq_id is None else other_id)
         stream = 0 if unified else other_id
         found = [sorted((c.pos, c.shift) for c in tier.cells(stream)) for tier in (other.hot, other.cold)]
         assert found == shifts
@@ -481,16 +481,16 @@ def test_state_keeps_shifts(make: Callable[..., MixedKVCache], unified: bool) ->
 def test_state_goes_to_a_cache_of_another_size(make: Callable[..., MixedKVCache]) -> None:
     cache = make()
     add(cache, 20)
-    state = cache.state_write()
+    state = cache.state_save()
     larger = make(hot=16, cold_size=32)
-    larger.state_read(state)
-    assert positions(larger) == positions(cache) and larger.state_write() == state
+    larger.state_load(state)
+    assert positions(larger) == positions(cache) and larger.state_save() == state
 
     smaller = make(hot=4)
     add(smaller, 3)
     before = snapshot(smaller)
     with pytest.raises(CacheError, match=f"the state holds {cache.hot.used} hot tokens, hot=4 has no room"):
-        smaller.state_read(state)
+        smaller.state_load(state)
     assert snapshot(smaller) == before
 
 
@@ -513,8 +513,8 @@ def test_state_of_another_shape_is_refused(make: Callable[..., MixedKVCache], op
     add(cache, 20)
     add(other, 3)
     before = snapshot(other)
-    with pytest.raises(CacheError, match=rf"The state can not be read: .*{named}"):
-        other.state_read(cache.state_write())
+    with pytest.raises(CacheError, match=rf"The state can not be loaded: .*{named}"):
+        other.state_load(cache.state_save())
     assert snapshot(other) == before
     add(other, 3)
 
@@ -525,13 +525,13 @@ def test_what_is_no_state_is_refused(make: Callable[..., MixedKVCache]) -> None:
     before = snapshot(cache)
     with UnifiedKVCache(8, n_seq_max=3, **SHAPE) as plain:
         add(plain, 3)
-        for state, named in ((plain.state_write(), "not the state of a mixed KV cache"), (b"", "ends too early")):
+        for state, named in ((plain.state_save(), "not the state of a mixed KV cache"), (b"", "ends too early")):
             with pytest.raises(CacheError, match=named):
-                cache.state_read(state)
+                cache.state_load(state)
     for state in ("text", 3, None):
         with pytest.raises(ParamsError, match="state must be bytes"):
-            cache.state_read(state)
-    for call in (cache.state_write, lambda seq_id: cache.state_read(b"", seq_id)):
+            cache.state_load(state)
+    for call in (cache.state_save, lambda seq_id: cache.state_load(b"", seq_id)):
         with pytest.raises(ParamsError, match="seq_id must be from 0 to 2"):
             call(3)
     assert snapshot(cache) == before
@@ -540,12 +540,12 @@ def test_what_is_no_state_is_refused(make: Callable[..., MixedKVCache]) -> None:
 def test_a_state_cut_short_leaves_nothing(make: Callable[..., MixedKVCache]) -> None:
     cache, other = make(), make()
     add(cache, 12)
-    for state, seq_id in ((cache.state_write(), None), (cache.state_write(0), 1)):
+    for state, seq_id in ((cache.state_save(), None), (cache.state_save(0), 1)):
         for length in range(12, len(state), 37):
-            with pytest.raises(CacheError, match="The state can not be read"):
-                other.state_read(state[:length], seq_id)
+            with pytest.raises(CacheError, match="The state can not be loaded"):
+                other.state_load(state[:length], seq_id)
             assert other.hot.used == other.cold.used == 0
-        other.state_read(state, seq_id)
+        other.state_load(state, seq_id)
         assert other.hot.used + other.cold.used == 12
         other.clear()
 
@@ -558,7 +558,7 @@ from llamamix import CacheError, MixedKVCache
 for _ in range(20):
     cache = MixedKVCache(hot=8, cold_size=8, sink=0)
     try:
-        cache.state_read(memoryview(b"none"))
+        cache.state_load(memoryview(b"none"))
     except CacheError as error:
         error.itself = error
     del cache
@@ -569,11 +569,22 @@ for _ in range(20):
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_old_names_of_states_are_deprecated(make: Callable[..., MixedKVCache]) -> None:
+    cache, other = make(), make()
+    add(cache, 12)
+    with pytest.warns(DeprecationWarning, match="state_write\\(\\) is called state_save\\(\\) now") as caught:
+        state = cache.state_write(0)
+    assert caught[0].filename == __file__ and state == cache.state_save(0)
+    with pytest.warns(DeprecationWarning, match="state_read\\(\\) is called state_load\\(\\) now") as caught:
+        other.state_read(state, 1)
+    assert caught[0].filename == __file__ and positions(other, 1) == positions(cache, 0)
+
+
 def test_plain_cache_keeps_its_state() -> None:
     with UnifiedKVCache(16, n_seq_max=2, **SHAPE) as cache, UnifiedKVCache(16, n_seq_max=2, **SHAPE) as other:
         add(cache, 10)
         cache.seq_cp(0, 1, 5, -1)
-        other.state_read(cache.state_write())
+        other.state_load(cache.state_save())
         assert other.tier.cells() == cache.tier.cells()
         np.testing.assert_array_equal(other.tier.get_v(1).data, cache.tier.get_v(1).data)
         assert find(other, [(10 + i, 0) for i in range(7)]) == () and len(find(other, [(10, 0)])) == 1
@@ -630,6 +641,32 @@ def test_context_knows_of_gaps_that_its_cache_was_given(make_context: Callable[.
     cache.seq_rm(0, 10, 110)
     context.decode(list(range(100, 200)))  # 240 tokens up to position 339
     assert context.memory.seq_pos_max() == 339
+
+
+def test_context_knows_of_gaps_between_tokens_that_were_committed(make_context: Callable[..., Context]) -> None:
+    context = make_context(kv_mixed="hot=64")
+    cache = MixedKVCache.from_context(context)
+    for pos in (0, 200):
+        batch = Batch()
+        batch.add(100, pos, 0)
+        assert cache.find_slot(SBatch(batch).split_simple(1)) != ()
+        cache.commit()
+    context.decode(list(range(100, 200)))  # 102 tokens up to position 300
+    assert context.memory.seq_pos_max() == 300
+
+
+def test_positions_of_several_numbers_can_not_be_moved_by_hand(
+    make_context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Model, "has_multi_pos", property(lambda _: True))  # as with M-RoPE
+    context = make_context(kv_mixed=True)
+    context.decode([1, 2, 3])
+    cache = MixedKVCache.from_context(context)
+    assert not cache.can_shift and not context.memory.can_shift
+    for call in (lambda: cache.seq_add(0, 0, -1, 1), lambda: cache.seq_div(0, 0, -1, 2)):
+        with pytest.raises(CacheError, match="positions in this KV cache can not be moved"):
+            call()
+    assert (cache.seq_pos_min(), cache.seq_pos_max()) == (0, 2)
 
 
 def test_layers_of_different_shape_are_refused(
@@ -708,7 +745,7 @@ def test_a_closed_cache_can_not_be_used(make: Callable[..., MixedKVCache]) -> No
         cache.seq_rm,
         cache.seq_pos_min,
         cache.seq_pos_max,
-        cache.state_write,
+        cache.state_save,
         cache.hot.n,
         cache.hot.cells,
         lambda: cache.find_slot(SBatch(batch).split_simple(1)),
@@ -717,7 +754,7 @@ def test_a_closed_cache_can_not_be_used(make: Callable[..., MixedKVCache]) -> No
         lambda: cache.seq_keep(0),
         lambda: cache.seq_add(0, 0, -1, 1),
         lambda: cache.seq_div(0, 0, -1, 2),
-        lambda: cache.state_read(b""),
+        lambda: cache.state_load(b""),
         lambda: cache.move_tokens_to_cold_cache(1),
         lambda: cache.params,
         lambda: cache.stats,
@@ -748,7 +785,7 @@ def test_threads_take_turns(make: Callable[..., MixedKVCache]) -> None:
                     cache.seq_add(seq, 0, -1, -1)
                     assert cache.seq_pos_max(seq) == 99
                 else:
-                    assert len(cache.state_write()) > 0
+                    assert len(cache.state_save()) > 0
                     assert cache.hot.get_k(i % 2).ne[3] == 4
         except BaseException as error:
             failed.append(error)
@@ -775,7 +812,7 @@ def test_a_thousand_caches_take_the_memory_of_one() -> None:
         cache = MixedKVCache(hot=64, cold_size=448, sink=0, n_seq_max=4, **SHAPE)
         add(cache, 2)
         cache.move_tokens_to_cold_cache(2)
-        cache.state_read(cache.state_write())
+        cache.state_load(cache.state_save())
         with pytest.raises(LlamamixError):
             cache.commit()
 

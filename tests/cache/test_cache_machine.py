@@ -286,29 +286,29 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule()
     def save_and_load(self) -> None:
-        state, saved = self.cache.state_write(), self.ref.save()
+        state, saved = self.cache.state_save(), self.ref.save()
         self.n_migrations += self.ref.n_migrations
         self.cache.close()
         self.cache, self.ref = self.config.cache(), self.config.reference()
-        self.cache.state_read(state)
+        self.cache.state_load(state)
         self.ref.load(saved)
         event("state loaded")
-        assert self.cache.state_write() == state
+        assert self.cache.state_save() == state
 
     @rule(src=seqs, dst=seqs)
     def copy_by_state(self, src: int, dst: int) -> None:
         self.copies_fail(0)
-        state, saved = self.cache.state_write(src), self.ref.save(src)
+        state, saved = self.cache.state_save(src), self.ref.save(src)
         try:
             self.ref.load(saved, dst)
         except NoRoom:
             event("no room for a sequence's state")
             try:
-                self.cache.state_read(state, dst)
+                self.cache.state_load(state, dst)
             except CacheError:
                 return
             raise AssertionError("the state was read, and there is no room for it") from None
-        self.cache.state_read(state, dst)
+        self.cache.state_load(state, dst)
         self.reorder()
 
     #

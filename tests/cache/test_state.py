@@ -185,7 +185,7 @@ def check_sane(cache: MixedKVCache) -> None:
 def test_the_format(unified: bool, seq_id: int | None, make: Callable[..., MixedKVCache]) -> None:
     """It is what the other reader here takes it for."""
     cache = filled(make(unified=unified))
-    parts = Parts.read(cache.state_write(seq_id))
+    parts = Parts.read(cache.state_save(seq_id))
     found = [struct.unpack("<i", data)[0] for name, data in parts.fields if name == "pos"]
     streams = range(1 if unified else N_SEQ) if seq_id is None else [0 if unified else seq_id]
     expected = [
@@ -202,15 +202,15 @@ def test_the_format(unified: bool, seq_id: int | None, make: Callable[..., Mixed
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
 def test_damaged_states_of_a_cache(unified: bool, seq_id: int | None, make: Callable[..., MixedKVCache]) -> None:
     source = filled(make(unified=unified))
-    state = source.state_write(seq_id)
+    state = source.state_save(seq_id)
     add(source, 1, seq=1)
-    other = source.state_write(seq_id)
+    other = source.state_save(seq_id)
 
     cache = make(unified=unified)
     add(cache, 2, seq=0)
     add(cache, 4, seq=1)
     add(cache, 9, seq=2)
-    before, whole = snapshot(cache), cache.state_write()
+    before, whole = snapshot(cache), cache.state_save()
     others = [positions(cache, s) for s in range(N_SEQ)]
 
     rng = np.random.default_rng(0)
@@ -218,7 +218,7 @@ def test_damaged_states_of_a_cache(unified: bool, seq_id: int | None, make: Call
     for _ in range(1000 * MORE):
         bad = damage(rng, state, other)
         try:
-            cache.state_read(bad, seq_id)
+            cache.state_load(bad, seq_id)
         except CacheError as error:
             assert len(str(error)) > 40
             if snapshot(cache) == before:
@@ -236,7 +236,7 @@ def test_damaged_states_of_a_cache(unified: bool, seq_id: int | None, make: Call
             assert bad[: len(state)] == state or bad[: len(other)] == other
             results["accepted"] += 1
         check_sane(cache)
-        cache.state_read(whole)
+        cache.state_load(whole)
         assert snapshot(cache) == before
     print(f"\nunified={unified} seq_id={seq_id}:", dict(results))
     assert results["refused, as it was"] > 100 and results["refused, emptied"] > 100
@@ -246,7 +246,7 @@ def test_damaged_states_of_a_cache(unified: bool, seq_id: int | None, make: Call
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
 def test_any_fields_with_a_right_checksum(unified: bool, seq_id: int | None, make: Callable[..., MixedKVCache]) -> None:
     """Whoever writes the checksum, too, gets a cache that may not make sense, but is one."""
-    state = filled(make(unified=unified)).state_write(seq_id)
+    state = filled(make(unified=unified)).state_save(seq_id)
     cache = make(unified=unified)
     rng = np.random.default_rng(1)
     results: Counter[str] = Counter()
@@ -271,7 +271,7 @@ def test_any_fields_with_a_right_checksum(unified: bool, seq_id: int | None, mak
         add(cache, 3, seq=1)
         before = snapshot(cache)
         try:
-            cache.state_read(parts.write(), seq_id)
+            cache.state_load(parts.write(), seq_id)
         except CacheError:
             results["refused"] += 1
             if snapshot(cache) == before:
@@ -285,8 +285,8 @@ def test_any_fields_with_a_right_checksum(unified: bool, seq_id: int | None, mak
             results["accepted"] += 1
             check_sane(cache)
             again = make(unified=unified)
-            again.state_read(cache.state_write())  # what was taken can be saved
-            assert again.state_write() == cache.state_write()
+            again.state_load(cache.state_save())  # what was taken can be saved
+            assert again.state_save() == cache.state_save()
             for seq in range(N_SEQ):
                 if cache.seq_pos_max(seq) < 1000 and len(positions(cache, seq)[0]) < 5:
                     add(cache, 2, seq)  # and goes on
@@ -303,18 +303,18 @@ def test_the_last_position_is_refused(make: Callable[..., MixedKVCache]) -> None
     add(cache, 3)
     before = snapshot(cache)
     for pos, shift, good in ((2**31 - 2, 0, True), (2**31 - 1, 0, False), (2**31 - 1, 1, False)):
-        parts = Parts.read(cache.state_write())
+        parts = Parts.read(cache.state_save())
         names = [name for name, _ in parts.fields]
         last = max(i for i, name in enumerate(names) if name == "pos")
         parts.fields[last] = ("pos", struct.pack("<i", pos))
         parts.fields[last + 1] = ("shift", struct.pack("<i", shift))
         if good:
             other = make(unified=True)
-            other.state_read(parts.write())
+            other.state_load(parts.write())
             assert other.seq_pos_max() == pos
         else:
             with pytest.raises(CacheError, match="a position of the state is out of range"):
-                cache.state_read(parts.write())
+                cache.state_load(parts.write())
             assert snapshot(cache) == before
 
 
@@ -324,16 +324,16 @@ def test_every_bit_counts(unified: bool, make: Callable[..., MixedKVCache]) -> N
     options = {"unified": unified, "n_layer": 1, "n_head_kv": 1, "hot": 4, "cold_size": 4, "sink": 0}
     cache = make(**options)
     add(cache, 6)
-    state = cache.state_write()
+    state = cache.state_save()
     cache = make(**options)
     for i in range(len(state)):
         bad = bytearray(state)
         bad[i] ^= 1 << (i % 8)
         with pytest.raises(CacheError):
-            cache.state_read(bytes(bad))
+            cache.state_load(bytes(bad))
         assert cache.hot.used == cache.cold.used == 0
-    cache.state_read(state)
-    assert cache.state_write() == state
+    cache.state_load(state)
+    assert cache.state_save() == state
 
 
 @pytest.mark.parametrize("seq_id", [None, 2])
@@ -341,14 +341,14 @@ def test_rows_of_a_refused_state_are_not_left_behind(seq_id: int | None, make: C
     """Attention reads free cells too, with no weight; but nothing times a row that is no number is no number."""
     cache = make(n_pad=8)
     add(cache, 12)
-    bad = bytearray(cache.state_write(None if seq_id is None else 0))
+    bad = bytearray(cache.state_save(None if seq_id is None else 0))
     bad[-1] ^= 1  # the last checksum
     other = make(n_pad=8)
     add(other, 24, seq=1)
     other.seq_rm(1, 0, 15)
     other.seq_rm(1, 16, 23)  # one is left in each tier
     with pytest.raises(CacheError, match="damaged"):
-        other.state_read(bytes(bad), seq_id)
+        other.state_load(bytes(bad), seq_id)
     if seq_id is None:
         add(other, 1, seq=1)
     n_seen = 0
@@ -363,16 +363,16 @@ def test_rows_of_a_refused_state_are_not_left_behind(seq_id: int | None, make: C
 def test_a_sequence_that_does_not_fit_changes_nothing(make: Callable[..., MixedKVCache]) -> None:
     source = make()
     add(source, 20)
-    state = source.state_write(0)
+    state = source.state_save(0)
     cache = make()
     add(cache, 6, seq=1)
     add(cache, 3, seq=0)
     before = snapshot(cache)
     with pytest.raises(CacheError, match="no room for the 6 hot and 14 cold tokens of the state: hot=5/8, cold=4/16"):
-        cache.state_read(state, 0)
+        cache.state_load(state, 0)
     assert snapshot(cache) == before
     cache.seq_rm(1, 0, -1)
-    cache.state_read(state, 0)
+    cache.state_load(state, 0)
     assert positions(cache, 0) == positions(source, 0)
 
 

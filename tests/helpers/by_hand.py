@@ -44,4 +44,4 @@ def positions(cache: MixedKVCache, seq: int = 0) -> tuple[list[int], list[int]]:
 def snapshot(cache: MixedKVCache) -> tuple:
     """All there is to see."""
     cells = [tier.cells(s) for tier in (cache.hot, cache.cold) for s in range(cache.n_stream)]
-    return cells, cache.state_write(), cache.params
+    return cells, cache.state_save(), cache.params

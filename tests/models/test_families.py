@@ -30,6 +30,7 @@ from llamamix import (
     KVMixedParams,
     MixedKVCache,
     Model,
+    ParamsError,
 )
 from llamamix._ffi import ffi, lib
 from llamamix.cli import main
@@ -277,6 +278,29 @@ def test_a_graph_for_another_border_is_not_reused(make: Callable, noise: Callabl
         kv.move_tokens_to_cold_cache(140)
         assert view() == [512, 256]
         step(TOKENS[602])
+
+
+@pytest.mark.parametrize("unified", [True, False])
+@pytest.mark.parametrize("kv_mixed", [False, KVMixedParams(hot=256)])
+def test_pooled_sequences_of_a_hybrid(kv_mixed: Any, unified: bool, make: Callable, noise: Callable) -> None:
+    """Where there are recurrent layers a ubatch is one sequence, so that lengths do not matter, but shared tokens do."""
+    params = {"n_seq_max": 3, "kv_unified": unified, "embeddings": True, "kv_mixed": kv_mixed}
+    parts = [TOKENS[:40], TOKENS[40:65], TOKENS[65:135]]
+    each = []
+    for part in parts:
+        context = make("hybrid", pooling="none", embeddings=True, kv_mixed=False)
+        context.decode(part)
+        each.append(context.embeddings)
+    context = make("hybrid", pooling="mean", **params)
+    seq_ids = np.repeat(range(3), [len(part) for part in parts])
+    context.decode_batch(np.concatenate(parts), seq_ids)
+    for seq_id, expected in enumerate(each):
+        # embeddings are a third of logits, and so is what the order of sums does to them
+        np.testing.assert_allclose(context.embeddings_seq(seq_id), expected.mean(0), rtol=0, atol=MARGIN * noise("hybrid"))
+    context.memory.clear()
+    with pytest.raises(ParamsError, match="share a part of their tokens can not be one ubatch each"):
+        context.decode_batch(TOKENS[:3], [(0, 1), 0, 1])
+    assert context.memory.seq_pos_max(0) == -1
 
 
 #
@@ -531,4 +555,4 @@ def test_all_architectures(architectures: Any, tmp_path: Path) -> None:
         return [line.split(" | ")[:4] for line in lines]  # without the last column: what is measured varies
 
     written = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
-    assert table(written) == table([architectures.line(row) for row in rows])
+    assert table(written) == table(architectures.table(rows).splitlines()[2:])

@@ -155,7 +155,7 @@ def test_bad_usage_exits_2(stand_in: Callable, tiny_model_path: Path) -> None:
 
 
 def test_there_is_no_server(tmp_path: Path, tiny_model_path: Path) -> None:
-    from reference import library_dir
+    from helpers.processes import library_dir
 
     (tmp_path / "lib").mkdir()
     for file in library_dir().glob("lib*"):

@@ -187,11 +187,11 @@ def cache() -> Iterable[MixedKVCache]:
 def test_batches_that_are_not_consistent_are_refused(
     cache: MixedKVCache, tokens: list[tuple[int, int]], named: str
 ) -> None:
-    before = cache.state_write()
+    before = cache.state_save()
     with pytest.raises(ParamsError, match=named) as raised:
         SBatch(batch_of(*tokens), memory=cache)
     assert str(raised.value).startswith("The batch can not be used: ") and "\n" not in str(raised.value)
-    assert cache.state_write() == before
+    assert cache.state_save() == before
 
 
 def test_batches_that_follow_are_taken(cache: MixedKVCache) -> None:

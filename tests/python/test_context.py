@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from helpers.gguf_copy import rewrite_gguf
+from helpers.processes import environment, library_dir
 from helpers.tiny_model import write_tiny_model
 
 from llamamix import (
@@ -25,6 +29,7 @@ from llamamix import (
     ParamsError,
     SamplingParams,
 )
+from llamamix._ffi import ffi, lib
 from llamamix.sampling import Sampler
 from llamamix.text import TextStream
 
@@ -239,6 +244,15 @@ def test_holes_make_room_again(make_context: MakeContext) -> None:
     context.memory.seq_rm(0, 0, 300)
     context.decode(random_tokens(200))
     assert (context.memory.seq_pos_min(), context.memory.seq_pos_max()) == (300, 549)
+
+
+def test_holes_of_tokens_that_sequences_share(make_context: MakeContext) -> None:
+    context = make_context(n_seq_max=2, kv_unified=True)
+    context.decode(random_tokens(20))
+    context.memory.seq_cp(0, 1)
+    context.memory.seq_add(0, 10, -1, 300)  # moves them in both
+    context.decode([5], seq_id=1)
+    assert [context.memory.seq_pos_max(s) for s in range(2)] == [319, 320]
 
 
 #
@@ -717,10 +731,112 @@ def test_embeddings(make_context: MakeContext) -> None:
         _ = plain.embeddings
 
 
-def test_pooling_needs_one_batch(make_context: MakeContext) -> None:
-    context = make_context(embeddings=True, pooling="mean", n_batch=16, n_ubatch=16)
-    with pytest.raises(ParamsError, match="one batch"):
-        context.decode(random_tokens(17))
+def each_token(make_context: MakeContext, tokens: np.ndarray, **params: Any) -> np.ndarray:
+    """The embeddings of all tokens of a sequence, which nothing pools."""
+    context = make_context(**F32, n_ctx=1024, embeddings=True, pooling="none", **params)
+    context.decode(tokens)
+    return context.embeddings
+
+
+def pooled(each: np.ndarray, pooling: str) -> np.ndarray:
+    return {"mean": each.mean(0), "cls": each[0], "last": each[-1], "rank": each[-1, :1]}[pooling]
+
+
+@pytest.mark.parametrize("kv_mixed", [False, "hot=1024"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last", "rank"])
+def test_all_tokens_are_pooled(make_context: MakeContext, pooling: str, kv_mixed: object) -> None:
+    tokens = random_tokens(600)
+    context = make_context(**F32, n_ctx=1024, embeddings=True, pooling=pooling, kv_mixed=kv_mixed)
+    context.decode(tokens)
+    expected = pooled(each_token(make_context, tokens), pooling)
+    np.testing.assert_allclose(context.embeddings_seq(), expected, atol=F32_ATOL)
+    # a causal model's score is the last token's (the toy has no head, so it is the first value)
+    assert context.n_ubatch == (1024 if pooling in ("mean", "cls") else 512)
+
+
+@pytest.mark.parametrize("kv_mixed", [False, "hot=64,cold=f32"])
+def test_a_batch_that_can_not_be_pooled_is_refused(make_context: MakeContext, kv_mixed: object) -> None:
+    params = F32 | {"embeddings": True, "n_batch": 64, "n_ubatch": 16, "kv_mixed": kv_mixed}
+    tokens = random_tokens(65)
+    for pooling in ("mean", "cls"):
+        context = make_context(**params, pooling=pooling)
+        with pytest.raises(ParamsError, match=r"17 tokens .* n_ubatch is 16: .* n_batch and n_ubatch of 17 or more"):
+            context.decode(tokens[:17])
+        with pytest.raises(ParamsError, match="one batch .* n_batch is 64: .* of 65 or more"):
+            context.decode(tokens)
+        assert context.memory.seq_pos_max() == -1
+        context.decode(tokens[:16])
+        expected = pooled(each_token(make_context, tokens[:16]), pooling)
+        np.testing.assert_allclose(context.embeddings_seq(), expected, atol=F32_ATOL)
+    for pooling in ("last", "rank"):  # the last token is in the last ubatch
+        context = make_context(**params, pooling=pooling)
+        with pytest.raises(ParamsError, match="one batch .* n_batch is 64"):
+            context.decode(tokens)
+        context.decode(tokens[:64])
+        expected = pooled(each_token(make_context, tokens[:64]), pooling)
+        np.testing.assert_allclose(context.embeddings_seq(), expected, atol=F32_ATOL)
+
+
+@pytest.mark.parametrize("kv_mixed", [False, "hot=256"])
+@pytest.mark.parametrize("kv_unified", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_sequences_are_pooled_apart(
+    make_context: MakeContext, pooling: str, kv_unified: bool, kv_mixed: object
+) -> None:
+    """Streams take as many tokens of each sequence at once, so that longer ones would be cut; "last" does not mind."""
+    params = F32 | {"n_ctx": 768, "n_seq_max": 3, "kv_unified": kv_unified, "kv_mixed": kv_mixed}
+    context = make_context(**params, embeddings=True, pooling=pooling)
+    for lengths in ((40, 25, 70), (30, 30, 30), (7,)):
+        context.memory.clear()
+        parts = [random_tokens(n, n) + s for s, n in enumerate(lengths)]
+        seq_ids = np.repeat(np.arange(len(lengths)), lengths)
+        if not kv_unified and len(set(lengths)) > 1 and pooling != "last":
+            with pytest.raises(ParamsError, match="of 25 to 70 tokens .* with kv_unified=True, or decode one at a time"):
+                context.decode_batch(np.concatenate(parts), seq_ids)
+            assert context.memory.seq_pos_max(1) == -1
+            continue
+        context.decode_batch(np.concatenate(parts), seq_ids)
+        for seq_id, tokens in enumerate(parts):
+            expected = pooled(each_token(make_context, tokens), pooling)
+            np.testing.assert_allclose(context.embeddings_seq(seq_id), expected, atol=F32_ATOL)
+
+
+@pytest.mark.parametrize("n_ctx", [0, 256, 700])
+def test_means_of_any_number_of_sequences(make_context: MakeContext, n_ctx: int) -> None:
+    """libllama aborts the process where the sequences do not divide the tokens of a ubatch."""
+    context = make_context(n_ctx=n_ctx, n_seq_max=3, kv_unified=True, n_ubatch=128, embeddings=True, pooling="mean")
+    assert context.n_ubatch == 126
+    context.decode_batch(random_tokens(126), np.arange(126) % 3)
+    assert np.isfinite(context.embeddings_seq(2)).all()
+    with pytest.raises(ParamsError, match="127 tokens must be one ubatch"):
+        context.decode_batch(random_tokens(127), np.arange(127) % 3)
+    for params in ({"n_ubatch": 7}, {"n_batch": 7}):
+        with pytest.raises(ContextError, match=r"n_ubatch, n_batch and n_ctx of n_seq_max \(8\) or more, not 7"):
+            make_context(n_seq_max=8, embeddings=True, pooling="mean", **params)
+
+
+def test_tokens_that_see_each_other_are_one_ubatch(
+    tiny_model_path: Path, tmp_path: Path, make_context: MakeContext
+) -> None:
+    path = rewrite_gguf(tiny_model_path, tmp_path / "both-ways.gguf", extra={"attention.causal": False})
+    with Model(path) as model:
+        tokens = random_tokens(600)
+        # each token at once, and all at once: the first sees the last
+        context = make_context(model, **F32, n_ctx=1024, embeddings=True)
+        context.decode(tokens)
+        assert context.n_ubatch == context.n_batch == 2048
+        changed = np.append(tokens[:-1], tokens[-1] ^ 1)
+        other = make_context(model, **F32, n_ctx=1024, embeddings=True)
+        other.decode(changed)
+        assert np.abs(context.embeddings[0] - other.embeddings[0]).max() > 2 * F32_ATOL
+
+        small = make_context(model, n_ubatch=16)
+        with pytest.raises(ParamsError, match="17 tokens must be one ubatch as they see each other, and n_ubatch is 16"):
+            small.decode(tokens[:17])
+        streams = make_context(model, n_ctx=512, n_seq_max=2)
+        with pytest.raises(ParamsError, match="of 2 to 3 tokens can not be one ubatch as they see each other"):
+            streams.decode_batch(tokens[:5], [0, 0, 1, 1, 1])
+        assert (small.memory.seq_pos_max(), streams.memory.seq_pos_max()) == (-1, -1)
 
 
 #
@@ -1039,6 +1155,118 @@ def test_closing_waits_for_another_thread(make_context: MakeContext) -> None:
     assert results in (["decoded", "closed"], ["closed", "decoded"])  # the order of the two appends is open
     with pytest.raises(ContextError, match="closed"):
         context.decode([5])
+
+
+# each line is what an object of the process before raises in a process that was forked, or what came of it
+FORKED = """
+import gc, os, sys, threading
+import numpy as np
+from llamamix import Batch, Context, LlamamixError, MixedKVCache, Model, SBatch, Trace
+from llamamix.attention import FlashAttnExt
+from llamamix.params import SamplingParams
+from llamamix.sampling import Sampler
+
+model = Model(sys.argv[1])
+context, held = (Context(model, n_ctx=256, n_threads=2, kv_mixed="hot=64") for _ in range(2))
+context.decode([5, 6, 7])
+pieces = context.generate([8, 9], 20, SamplingParams(temperature=0))
+next(pieces)
+inner = MixedKVCache.from_context(context)
+cache = MixedKVCache(hot=8, cold_size=8, sink=0)
+batch = Batch()
+batch.add(5, 0, 0)
+sbatch = SBatch(batch)
+sampler = Sampler(model, SamplingParams())
+trace = Trace(context)
+trace.start()
+rows = np.zeros((1, 1, 1, 32), np.float32)
+flash = FlashAttnExt(rows, rows, rows, types="f32", n_threads=2)
+flash.compute()
+before = context.memory.seq_pos_max()
+
+# another thread has the lock of a context, and will never give it back in the other process
+locked, done = threading.Event(), threading.Event()
+
+def hold():
+    with held._handle:
+        locked.set()
+        done.wait()
+
+thread = threading.Thread(target=hold)
+thread.start()
+locked.wait()
+
+pid = os.fork()
+if pid == 0:
+    def fresh(**params):
+        with Context(Model(sys.argv[1]), n_ctx=256, **params) as another:
+            another.decode([5, 6, 7])
+            return another.memory.seq_pos_max()
+
+    for name, use in {
+        "decode": lambda: context.decode([5]),
+        "locked": lambda: held.decode([5]),
+        "memory": lambda: context.memory.seq_rm(0),
+        "stats": lambda: context.stats,
+        "state": lambda: context.state_save(),
+        "generate": lambda: next(pieces),
+        "model": lambda: model.tokenize("a"),
+        "context of the model": lambda: Context(model),
+        "sampler": lambda: sampler.sample(np.zeros(400, np.float32)),
+        "cache": lambda: cache.seq_rm(0),
+        "tier": lambda: cache.hot.used,
+        "cache of a context": lambda: inner.hot.used,
+        "sbatch": lambda: sbatch.split_simple(1),
+        "trace": lambda: trace.read(),
+        "flash": lambda: flash.compute(),
+        "two threads": lambda: fresh(n_threads=2),
+        "more threads": lambda: fresh(n_threads=1, n_threads_batch=2),
+        "one thread": lambda: fresh(n_threads=1),
+    }.items():
+        try:
+            result = use()
+        except LlamamixError as error:
+            result = f"{type(error).__name__}: {error}"
+        print(name, "|", result, flush=True)
+    for closed in (trace.stop, context.close, held.close, cache.close, inner.close, sbatch.close, sampler.close, flash.close):
+        closed()
+    print("closed", "|", context._handle.closed, flush=True)
+    del model, context, held, cache, inner, sbatch, sampler, trace, flash, pieces, closed
+    gc.collect()
+    sys.exit(7)
+print("exit", "|", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+done.set()
+thread.join()
+# nothing of this process was freed
+context.decode([5])
+print("parent", "|", context.memory.seq_pos_max() - before, len(trace.read()) > 0, next(pieces) != "", flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_is_refused_what_another_one_made(tiny_model_path: Path) -> None:
+    env = environment(LLAMAMIX_LIB_PATH=str(library_dir()), PYTHONPATH=str(Path(__file__).parents[1]))
+    command = [sys.executable, "-c", FORKED, str(tiny_model_path)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    found = dict(line.split(" | ") for line in result.stdout.splitlines())
+    why = "from which this one was forked; make another one here, or start processes with the method 'spawn'."
+    error_of = {
+        "decode": ("ContextError", "context"), "locked": ("ContextError", "context"), "memory": ("ContextError", "context"),
+        "stats": ("ContextError", "context"), "state": ("ContextError", "context"), "generate": ("ContextError", "sampler"),
+        "model": ("ModelError", "model"), "context of the model": ("ModelError", "model"),
+        "sampler": ("ContextError", "sampler"), "cache": ("CacheError", "cache"), "tier": ("CacheError", "cache"),
+        "cache of a context": ("ContextError", "context"), "sbatch": ("LlamamixError", "sbatch"),
+        "trace": ("ContextError", "context"), "flash": ("LlamamixError", "graph"),
+    }  # fmt: skip
+    for name, (error, what) in error_of.items():
+        assert found.pop(name) == f"{error}: The {what} belongs to the process that made it, {why}"
+    for name in ("two threads", "more threads"):
+        if b"OPENMP = 1" in ffi.string(lib.llama_print_system_info()):
+            assert found.pop(name).startswith("ContextError: This process was forked from one that had computed with")
+        else:  # ggml starts threads of its own
+            assert found.pop(name) == "2"
+    assert found == {"one thread": "2", "closed": "True", "exit": "7", "parent": "1 True True"}
 
 
 def test_n_threads(make_context: MakeContext) -> None:

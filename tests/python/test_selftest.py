@@ -82,7 +82,7 @@ BREAKS: list[tuple[Any, str, Any, set[str]]] = [
     (KVCache, "seq_keep", _nothing, SEQUENCES),
     (KVCache, "seq_add", _nothing, SEQUENCES),
     (KVCache, "seq_div", _nothing, SEQUENCES),
-    (KVCache, "state_read", _nothing, SEQUENCES),
+    (KVCache, "state_load", _nothing, SEQUENCES),
     (Tier, "set_k", _lost, ROWS | {"copy_between_caches"}),
     (Tier, "_n", lambda *_: 3, TOKENS),
     (Tier, "cells", lambda *_: [], CELLS),
