@@ -293,6 +293,33 @@ def test_drained_by_another_thread(make_context: Callable[..., Context]) -> None
     assert all([error.il for error in e.layers] == [0, 1] for e in moves)
 
 
+def test_a_ring_that_overflows_while_it_is_read(make_context: Callable[..., Context]) -> None:
+    """Every record is read once, in order, or counted as lost."""
+    context = make_context(kv_mixed="hot=8,group=2,sink=0", n_ctx=2048)
+    events: list[Event] = []
+    lost, done = [0], threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            events.extend(trace.read())
+            lost.append(trace.n_dropped)
+
+    with Trace(context, n_max=3) as trace:
+        thread = threading.Thread(target=read)
+        thread.start()
+        context.decode(tokens(1500))  # n_batch is 2048: one call
+        done.set()
+        thread.join()
+        events += trace.read()
+        lost.append(trace.n_dropped)
+        n_migrations = context.stats.n_migrations
+    ids = [e.id for e in events]
+    assert ids == sorted(set(ids)) and lost == sorted(lost)
+    assert len(ids) + lost[-1] == ids[-1] + 1
+    assert ids[-1] + 1 >= n_migrations > 700
+    assert lost[-1] > 0 and len(ids) > 1 + 3  # of both kinds, beside what waited at the end
+
+
 def test_a_migration_comes_with_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever happens between reading the events and reading the layers."""
     with cache_of(hot=32, cold_size=32, group=2) as cache, Trace(cache, layers=True) as trace:
