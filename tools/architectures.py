@@ -7,7 +7,7 @@
 Upstream's test program writes the models (a few MB each, random F32 weights). Every one is decoded with a plain F32
 cache, and with a mixed one whose cold type is F32 too, so that the logits must be the same: hot is so small that nearly
 all is cold, the prompt straddles the border several times, and sliding windows are left behind. See check() for how
-close they must be.
+close they must be. Then all that programs do with sequences is done with both, see play() and check_operations().
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,14 @@ JUMP, JUMPS_MAX = 2.0**-10, 2
 
 MIXED = {"hot": 32, "group": 8, "sink": 2, "cold": "f32"}
 
+# Operations: the rows of one type are met by the fused kernel. With F16 ones, which upstream multiplies with queries
+# rounded to F16, the composed attention does the same operations as a plain cache.
+WAYS = (("f32", "fused"), ("f16", "compose"))
+N_SEQ = 4
+# What F32 sums allow here, relative to the logits' size: sqrt(512) * 2**-24 = 1.3e-6, times 5 for two layers, times 5
+# for the largest of many. In a toy, a token in 100 that is another one changes those of all that follow by some 3e-4.
+EXACT_SUMS = 1.3e-6 * 5 * 5
+
 PAGE = """# Architectures
 
 What a mixed KV cache (`LLAMA_KV_MIXED`) does with upstream's toy model of every architecture. This page is written by
@@ -55,13 +64,15 @@ python tools/architectures.py > docs/architectures.md
 
 *mixed*: hot and cold for all layers that attend to the whole context. With cold rows stored as exactly as hot ones the
 logits are those of a plain cache: 400 tokens, of which 32 are hot, prompt and single tokens, both ways to compute
-attention, within what the order of floating point sums allows. *rest*: what stays as it is, a small cache for layers with
+attention, within what the order of floating point sums allows. And they are after a prompt, single tokens, a rollback, a
+copy of a sequence, two sequences side by side, a shift, a state restored to the same and to another sequence and to a
+context, with a unified cache and with a stream for every sequence. *rest*: what stays as it is, a small cache for layers with
 a sliding window (in the context's own type), the state of recurrent layers. *refused*: the context is not created, and
 the reason is what it says.
 
 No toys are made of some architectures: Gemma 3n, T5 (refused for its relative position buckets) and Gemma 4, of which
-`tests/helpers/tiny_model.py` writes one. The way in is the same for all: where upstream makes a plain cache for layers that attend
-to the whole context, the mixed one takes its place; any other memory is refused.
+`tests/helpers/tiny_model.py` writes one. The way in is the same for all: where upstream makes a plain cache for layers
+that attend to the whole context, the mixed one takes its place; any other memory is refused.
 
 """
 COLUMNS = ("architecture", "KV cache", "layers mixed", "rest", "largest difference / allowed")
@@ -77,7 +88,7 @@ def make_toys(tool: Path, folder: Path, pattern: str = "") -> list[Path]:
 def check(path: Path) -> dict[str, Any]:
     """Run one model plain and mixed.
 
-    Returns its ``arch`` and ``status``: "mixed", "refused" (with the ``reason``) or "differs". For mixed ones also
+    Returns its ``arch`` and ``status``: "mixed", "refused" or "differs", with the ``reason``. For mixed ones also
     ``n_layer`` of those that are mixed, of ``n_layer_all``, whether there is a ``rest``, and the largest ``difference`` of
     logits with the ``bound`` on it.
     """
@@ -128,13 +139,154 @@ def check(path: Path) -> dict[str, Any]:
             if by_token[-1 - JUMPS_MAX] > bound or by_token[-1] > max(bound, JUMP * float(expected.std())):
                 status = "differs"
             difference = max(difference, float(by_token[-1]))
+        operations = check_operations(model, tokens)
         return res | {
-            "status": status,
+            "status": "differs" if operations else status,
             "n_layer": stats.n_layer,
             "rest": stats.bytes_rest > 0,
             "difference": difference,
             "bound": bound,
+            "reason": "; ".join(operations),
         }
+
+
+#
+# operations on sequences
+#
+
+
+def play(context: Any, tokens: np.ndarray, shuffle: bool = False) -> list[tuple[str, Any]]:
+    """All that programs do with sequences, step by step: logits, or whether it can be done at all.
+
+    Where the cache is mixed, tokens move in every step that decodes.
+    """
+    from llamamix import ContextError
+
+    memory = context.memory
+    results: list[tuple[str, Any]] = []
+    n_migrations = 0
+
+    def next_tokens(seq: int, n: int) -> np.ndarray:
+        return np.resize(np.roll(tokens, -memory.seq_pos_max(seq) - 1 - 7 * seq), n)
+
+    def moved() -> bool:
+        nonlocal n_migrations
+        before, n_migrations = n_migrations, context.stats.n_migrations if context.stats else n_migrations + 1
+        return n_migrations > before
+
+    def decode(name: str, seq: int, n: int, at_once: int = 1) -> None:
+        rows = []
+        for start in range(0, n, at_once):
+            context.decode(next_tokens(seq, min(at_once, n - start)), seq_id=seq, logits="all")
+            rows.append(context.logits)
+        assert moved(), f"{name}: nothing has moved"
+        results.append((name, np.concatenate(rows)))
+
+    def attempt(name: str, action: Callable[[], None]) -> bool:
+        try:
+            action()
+        except ContextError:
+            results.append((name, False))
+        else:
+            results.append((name, True))
+        return results[-1][1]
+
+    if shuffle:  # free cells in the midst of others, which later tokens take
+        context.decode(next_tokens(0, 10))
+        context.decode(next_tokens(3, 13), seq_id=3)
+        decode("prefill", 0, 20, 10)
+        memory.seq_rm(3)
+        decode("prefill", 0, 32, 32)
+    else:
+        context.decode(next_tokens(0, 10))
+        decode("prefill", 0, 20, 10)
+        decode("prefill", 0, 32, 32)
+    decode("decode", 0, 9)
+    attempt("rollback", lambda: memory.seq_rm(0, memory.seq_pos_max(0) - 4))
+    decode("decode after a rollback", 0, 9)
+
+    memory.seq_cp(0, 1)
+    decode("decode a copy", 1, 9)
+    decode("decode what was copied", 0, 9)
+    start = [memory.seq_pos_max(seq) + 1 for seq in (0, 1)]
+    both = np.stack([next_tokens(seq, 9) for seq in (0, 1)], axis=1).ravel()
+    pos = np.arange(9)[:, None] + start
+    context.decode_batch(both, [0, 1] * 9, pos=pos.ravel().tolist(), logits="all")
+    assert moved(), "side by side: nothing has moved"
+    results.append(("decode both", context.logits))
+
+    if memory.can_shift and attempt("shift", lambda: memory.seq_rm(0, 5, 20)):
+        memory.seq_add(0, 20, -1, -15)
+        decode("decode after a shift", 0, 9)
+
+    state = context.state_save(0)
+    decode("decode on", 0, 9)
+    context.state_load(state, 0)
+    decode("decode a restored sequence", 0, 9)
+    context.state_load(state, 2)
+    decode("decode it as another sequence", 2, 9)
+    state = context.state_save()
+    memory.clear()
+    context.state_load(state)
+    for seq in (0, 1, 2):
+        decode(f"decode sequence {seq} of a restored context", seq, 12, 6)
+    results.append(("ends", [(memory.seq_pos_min(seq), memory.seq_pos_max(seq)) for seq in range(N_SEQ)]))
+    return results
+
+
+class Comparison:
+    """Results of play(), step by step, and what a plain cache gives: one as it is, one with its cells in another order.
+
+    Logits may be off by what F32 sums allow. Where GELU jumps, which the other order shows, half of the tokens of a
+    step may be off by more: what is wrong with the cache is wrong for all that follow.
+    """
+
+    def __init__(self, plain: list[tuple[str, Any]], other: list[tuple[str, Any]]) -> None:
+        rows, others = (np.concatenate([x for _, x in r if isinstance(x, np.ndarray)]) for r in (plain, other))
+        noise = float(np.abs(rows - others).max())
+        self.bound = EXACT_SUMS * float(rows.std())
+        self.jump = max(MARGIN * noise, JUMP * float(rows.std()))
+        self.share = 0.5 if noise > self.bound / 10 else 0.0
+
+    def differing(self, actual: list[tuple[str, Any]], expected: list[tuple[str, Any]]) -> list[str]:
+        """Names of the steps that are not as expected."""
+        assert [name for name, _ in actual] == [name for name, _ in expected]
+        return [name for (name, x), (_, y) in zip(actual, expected, strict=True) if not self._same(x, y)]
+
+    def _same(self, actual: Any, expected: Any) -> bool:
+        if not isinstance(expected, np.ndarray):
+            return bool(actual == expected)
+        by_token = np.abs(actual - expected).max(axis=1)
+        return bool((by_token > self.bound).mean() <= self.share and by_token.max() <= max(self.bound, self.jump))
+
+
+def check_operations(model: Any, tokens: np.ndarray) -> list[str]:
+    """What is not as with a plain cache: names of steps, for each way to compute and with and without streams."""
+    from llamamix import Context, KVMixedParams
+
+    def run(
+        kv_mixed: Any, rows: str, unified: bool, tokens: np.ndarray = tokens, shuffle: bool = False
+    ) -> list[tuple[str, Any]]:
+        params = {"type_k": rows, "type_v": rows, "flash_attn": "off", "swa_full": True, "n_threads": 1}
+        params |= {"n_ctx": N_SEQ * 192, "n_ubatch": 16, "n_seq_max": N_SEQ, "kv_unified": unified}
+        with Context(model, kv_mixed=kv_mixed, **params) as context:
+            return play(context, tokens, shuffle)
+
+    wrong = []
+    for rows, attn in WAYS:
+        plain = {unified: run(False, rows, unified) for unified in (True, False)}
+        comparison = Comparison(plain[True], run(False, rows, True, shuffle=True))
+        for unified, expected in plain.items():
+            actual = run(KVMixedParams(**MIXED | {"cold": rows, "attn": attn}), rows, unified)
+            how = f"({'unified' if unified else 'streams'}, {rows}, {attn})"
+            wrong += [f"{name} {how}" for name in comparison.differing(actual, expected)]
+    # one token that is another one, in the midst of those that are cold, would show
+    other = tokens.copy()
+    other[30] = (other[30] + 7) % model.n_vocab
+    seen = comparison.differing(run(False, rows, True, other), plain[True])
+    later = [name for name, x in plain[True][3:] if isinstance(x, np.ndarray)]
+    wrong += [f"{name} would miss a token" for name in later if name not in seen]
+    return wrong
 
 
 def check_apart(path: Path) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 
     python tools/sanitize.py asan               # addresses and undefined behaviour; assertions are on
     python tools/sanitize.py tsan               # data races; two threads compute, without OpenMP
+    python tools/sanitize.py asan --quick       # the part of them that takes a minute or two
     python tools/sanitize.py asan tests/cache/test_cache.py -x  # what pytest takes: files first, then options
 
-It builds the preset of that name (minutes, the first time) and runs the tests of the cache and of contexts unless told
-otherwise. The first finding ends the run. Python itself is not instrumented: the sanitizer's runtime is loaded before it.
+It builds the preset of that name (minutes, the first time) and runs the tests of the cache, of the attention kernel and
+of contexts unless told otherwise. The first finding ends the run. Python itself is not instrumented: the sanitizer's runtime is loaded before it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-TESTS = [
-    f"tests/test_{name}.py"
-    for name in ("cache", "cache_machine", "context", "migration", "state", "faults", "operations", "attention")
-]
+# what pytest runs unless told otherwise
+TESTS = ["tests/cache", "tests/attention/test_attention.py", "tests/python/test_context.py"]
+
+# --quick: files and folders, and what -k takes of them
+QUICK = {
+    # each of them once, without the long ones: random histories of a cache, and most of the kernel's cases
+    "asan": (
+        ["tests/cache", "tests/attention/test_attention.py", "tests/attention/test_quantize.py"],
+        "not test_cache_machine and (not any_case or q4_0-q4_0)",
+    ),
+    # what several threads do at a time: read a trace, move tokens, compute, abort
+    "tsan": (
+        ["tests/cache", "tests/trace", "tests/attention/test_attention.py"],
+        "test_migration or ring or thread or abort or agree",
+    ),
+}
 
 # Memory that Python, numpy and the driver of the tests never give back is no finding. An allocation that fails returns
 # null, as it does elsewhere: there are tests of that.
@@ -71,6 +84,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sanitizer", choices=list(OPTIONS))
     parser.add_argument("--no-build", action="store_true", help="take the library as it is")
+    parser.add_argument("--quick", action="store_true", help="a part of the tests that takes a minute or two")
     args, pytest_args = parser.parse_known_args()
 
     if not args.no_build:
@@ -87,8 +101,12 @@ def main() -> int:
     env["OPENBLAS_NUM_THREADS"] = "1"  # numpy's threads are not instrumented, and would be reported
     # what a sanitizer reports comes out, and is not kept by pytest
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys"]
-    command += pytest_args if pytest_args and not pytest_args[0].startswith("-") else [*TESTS, *pytest_args]
-    return subprocess.run(command, cwd=ROOT, env=env).returncode
+    if args.quick:
+        tests, keywords = QUICK[args.sanitizer]
+        command += [*tests, "-k", keywords]
+    elif not pytest_args or pytest_args[0].startswith("-"):
+        command += TESTS
+    return subprocess.run([*command, *pytest_args], cwd=ROOT, env=env).returncode
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.allowances import ATOL, F32
-from helpers.processes import environment, library_dir
+from helpers.processes import N_THREADS, environment, library_dir
 from helpers.tiering import Full, Tiering
 from helpers.tiny_model import random_tokens
 
@@ -35,7 +35,7 @@ class Trio:
         self, model: Model, n_ctx: int = 512, n_ubatch: int = 64, n_seq: int = 1, unified: bool = True, **shape: Any
     ):
         self.n_seq, self.n_ubatch = n_seq, n_ubatch
-        params = F32 | {"n_ctx": n_ctx, "n_ubatch": n_ubatch, "n_threads": 1, "n_seq_max": n_seq, "kv_unified": unified}
+        params = F32 | {"n_ctx": n_ctx, "n_ubatch": n_ubatch, "n_threads": N_THREADS, "n_seq_max": n_seq, "kv_unified": unified}
         self.mixed = Context(model, kv_mixed=KVMixedParams(cold="f32", **shape), **params)
         self.plain = Context(model, kv_mixed=False, **params)
         n_stream = self.mixed.stats.n_stream

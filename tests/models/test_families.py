@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,6 @@ import numpy as np
 import pytest
 from helpers.allowances import STEP, rms
 from helpers.families import WRITE
-from helpers.paths import DOCS
-from helpers.processes import find_program
-from helpers.tools import load_tool
 
 from llamamix import (
     Context,
@@ -529,30 +525,3 @@ def test_gemma3(gemma3: Model, botchan_path: Path) -> None:
     # K and V of 3 layers with one head of 256: F16 and Q4_0
     assert stats.bytes_hot == 3 * 2 * 512 * 512 and stats.bytes_cold == 3 * 2 * (1024 - 512) * 144
     assert stats.bytes_rest == 15 * 2 * 1024 * 512  # a window of 512 and a ubatch of 512, F16
-
-
-#
-# all architectures
-#
-
-PAGE = DOCS / "architectures.md"
-
-
-@pytest.fixture(scope="module")
-def architectures() -> Any:
-    return load_tool("architectures")
-
-
-def test_all_architectures(architectures: Any, tmp_path: Path) -> None:
-    """Mixed or refused as the page says, and what is mixed gives the logits of a plain cache."""
-    toys = architectures.make_toys(find_program("test-llama-archs"), tmp_path)
-    assert len(toys) > 100
-    with ThreadPoolExecutor(2) as pool:
-        rows = list(pool.map(architectures.check_apart, toys))
-    assert {row["arch"]: row["status"] for row in rows if row["status"] not in ("mixed", "refused")} == {}
-
-    def table(lines: list[str]) -> list[list[str]]:
-        return [line.split(" | ")[:4] for line in lines]  # without the last column: what is measured varies
-
-    written = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
-    assert table(written) == table(architectures.table(rows).splitlines()[2:])

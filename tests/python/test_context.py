@@ -1245,7 +1245,7 @@ print("parent", "|", context.memory.seq_pos_max() - before, len(trace.read()) > 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_process_is_refused_what_another_one_made(tiny_model_path: Path) -> None:
-    env = environment(LLAMAMIX_LIB_PATH=str(library_dir()), PYTHONPATH=str(Path(__file__).parents[1]))
+    env = environment(LLAMAMIX_LIB_PATH=str(library_dir()))
     command = [sys.executable, "-c", FORKED, str(tiny_model_path)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
