@@ -25,7 +25,8 @@ from . import ggml
 from ._ffi import ffi, last_error, lib, sized
 from ._fork import check_process, check_threads, note_threads
 from .errors import LlamamixError, ParamsError
-from .params import KV_TYPES, N_THREADS_MAX, check_float, check_int
+from .formats import FORMATS
+from .params import N_THREADS_MAX, check_float, check_int
 
 Rows = tuple[np.ndarray, np.ndarray]
 Type = str | tuple[str, str]  # of K and V, or one of both
@@ -202,7 +203,7 @@ class FlashAttnExt:
             ctx, self._backend = stack.enter_context(ggml.graph(_N_NODES, n_threads))
 
             def tensor(type: str, *ne: int) -> Any:
-                return lib.ggml_new_tensor(ctx, KV_TYPES[type], len(ne), ffi.new("int64_t[]", ne))
+                return lib.ggml_new_tensor(ctx, FORMATS[type].type, len(ne), ffi.new("int64_t[]", ne))
 
             def heads_last(t: Any) -> Any:  # [n_embd, heads, n, n_stream] to what ggml wants
                 return lib.ggml_permute(ctx, t, 0, 2, 1, 3)
@@ -276,7 +277,7 @@ class _Segment:
 
     def to_c(self, c_segment: Any) -> None:
         c_segment.k, c_segment.v = _pointer(self.k, "void *"), _pointer(self.v, "void *")
-        c_segment.type_k, c_segment.type_v = KV_TYPES[self.type_k], KV_TYPES[self.type_v]
+        c_segment.type_k, c_segment.type_v = FORMATS[self.type_k].type, FORMATS[self.type_v].type
         c_segment.n_kv = self.n_kv
         for name, array in (("nb_k", self.k), ("nb_v", self.v)):
             setattr(c_segment, name, (array.strides[2], array.strides[1], array.strides[0]))

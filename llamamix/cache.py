@@ -20,7 +20,8 @@ from ._ffi import error_lines, ffi, last_error, lib, sized
 from ._fork import check_threads, note_threads
 from ._handle import ExclusiveHandle
 from .errors import CacheError, ParamsError
-from .params import KV_TYPES, N_LAYER_MAX, N_SEQ_MAX, KVMixedParams, check_int, from_options
+from .formats import FORMATS
+from .params import N_LAYER_MAX, N_SEQ_MAX, KVMixedParams, check_int, from_options
 from .sbatch import UBatch
 from .sequences import Sequences
 from .stats import CacheStats
@@ -390,10 +391,10 @@ def _shape(
         raise ParamsError(f"unified must be True or False, not {unified!r}.")
     shape.unified = unified
     for name, kv_type in (("type_k", type_k), ("type_v", type_v)):
-        if not isinstance(kv_type, str) or kv_type not in KV_TYPES:
-            raise ParamsError(f"{name} must be one of {', '.join(KV_TYPES)}, not {kv_type!r}.")
-    shape.type_k = KV_TYPES[type_k]
-    shape.type_v = KV_TYPES[type_v]
+        if not isinstance(kv_type, str) or kv_type not in FORMATS:
+            raise ParamsError(f"{name} must be one of {', '.join(FORMATS)}, not {kv_type!r}.")
+    shape.type_k = FORMATS[type_k].type
+    shape.type_v = FORMATS[type_v].type
     return shape
 
 

@@ -9,8 +9,9 @@ from ._ffi import error_lines, ffi, last_error, lib
 from ._fork import check_threads
 from ._handle import ExclusiveHandle
 from .errors import ContextError
+from .formats import FORMATS
 from .model import Model
-from .params import KV_TYPES, ContextParams, resolve_kv_mixed
+from .params import ContextParams, resolve_kv_mixed
 from .pooling import NONE, Pooling, pooling_of, pools_mean
 
 # architectures whose graph has V in a shape that can only be stored transposed
@@ -81,7 +82,7 @@ def _check_supported(model: Model, params: ContextParams) -> None:
         raise ContextError(f"A model of architecture {arch} needs flash_attn='off' and kv_mixed=False.")
     for size, name in zip(model.head_sizes(), ("type_k", "type_v"), strict=True):
         ggml_type = getattr(params, name)
-        block = lib.ggml_blck_size(KV_TYPES[ggml_type])
+        block = FORMATS[ggml_type].n_block
         if size % block != 0:
             raise ContextError(
                 f"{name}={ggml_type} stores blocks of {block} elements, which do not divide a head of {size}."

@@ -3,7 +3,7 @@
     q = quantize(np.arange(128, dtype=np.float16), "q4_0")  # 72 bytes
     x = q.dequantize()                                      # float32 [128]
 
-Types are those that a KV cache can have, see KV_TYPES.
+Types are those that a KV cache can have, see FORMATS.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from ._ffi import ffi, lib
 from .errors import LlamamixError, ParamsError
-from .params import KV_TYPES
+from .formats import FORMATS
 
 _N_ELEMENTS_MAX = 2**31 - 1  # ggml counts the elements of a copy in 32 bits
 _N_DIMS_MAX = 4
@@ -70,9 +70,9 @@ def dtype(type: str) -> np.dtype[Any]:
 
 
 def _number(type: Any) -> int:
-    if not isinstance(type, str) or type not in KV_TYPES:
-        raise ParamsError(f"type must be one of {', '.join(KV_TYPES)}, not {type!r}.")
-    return KV_TYPES[type]
+    if not isinstance(type, str) or type not in FORMATS:
+        raise ParamsError(f"type must be one of {', '.join(FORMATS)}, not {type!r}.")
+    return FORMATS[type].type
 
 
 #

@@ -11,20 +11,7 @@ import numpy as np
 
 from ._ffi import last_error, lib, sized
 from .errors import ParamsError
-
-#: ggml's name and number of every type that a KV cache can have
-KV_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "bf16": 30,
-    "q8_0": 8,
-    "q4_0": 2,
-    "q4_1": 3,
-    "iq4_nl": 20,
-    "q5_0": 6,
-    "q5_1": 7,
-}
-_KV_TYPE_NAMES = {number: name for name, number in KV_TYPES.items()}
+from .formats import FORMATS, format_name
 
 _COUNT_MAX = 10**9 - 1  # nine digits, the most that the text form of the mixed parameters has
 N_THREADS_MAX = 512  # GGML_MAX_N_THREADS
@@ -44,11 +31,6 @@ LOAD_MODE = {"auto": -1, "none": 0, "mmap": 1, "mlock": 2, "mmap+mlock": 3, "dio
 _REAL = (int, float, np.integer, np.floating)
 
 RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
-
-
-def kv_type_name(number: int) -> str:
-    """ggml's name of a KV cache type given its number."""
-    return _KV_TYPE_NAMES[number]
 
 
 #
@@ -152,10 +134,10 @@ class KVMixedParams:
         if not 0 < self.threshold <= 1:
             raise ParamsError(f"threshold must be over 0 and at most 1, not {self.threshold:g}.")
         _check_name(self, "attn", ATTN_TYPES)
-        _check_name(self, "cold", KV_TYPES)
+        _check_name(self, "cold", FORMATS)
         for name in ("cold_k", "cold_v"):
             if getattr(self, name) is not None:
-                _check_name(self, name, KV_TYPES)
+                _check_name(self, name, FORMATS)
 
     @property
     def type_cold_k(self) -> str:
@@ -199,7 +181,7 @@ class KVMixedParams:
     @classmethod
     def from_c(cls, c_params: Any) -> KVMixedParams:
         """From a ``struct llama_kv_mixed_params *``."""
-        k, v = kv_type_name(c_params.type_cold_k), kv_type_name(c_params.type_cold_v)
+        k, v = format_name(c_params.type_cold_k), format_name(c_params.type_cold_v)
         return cls(
             hot=c_params.n_hot,
             **({"cold": k} if k == v else {"cold_k": k, "cold_v": v}),
@@ -218,8 +200,8 @@ class KVMixedParams:
         c_params.n_group = self.group
         c_params.n_sink = self.sink
         c_params.threshold = self.threshold
-        c_params.type_cold_k = KV_TYPES[self.type_cold_k]
-        c_params.type_cold_v = KV_TYPES[self.type_cold_v]
+        c_params.type_cold_k = FORMATS[self.type_cold_k].type
+        c_params.type_cold_v = FORMATS[self.type_cold_v].type
         c_params.attn = ATTN_TYPES[self.attn]
         return c_params
 
@@ -340,8 +322,8 @@ class ContextParams:
             if getattr(self, name) is not None:
                 _check_int(self, name, 1, most)
         _check_name(self, "flash_attn", FLASH_ATTN)
-        _check_name(self, "type_k", KV_TYPES)
-        _check_name(self, "type_v", KV_TYPES)
+        _check_name(self, "type_k", FORMATS)
+        _check_name(self, "type_v", FORMATS)
         _check_name(self, "pooling", POOLING)
         for name in ("kv_unified", "offload_kqv", "op_offload", "swa_full", "embeddings"):
             _check_bool(self, name)
@@ -360,8 +342,8 @@ class ContextParams:
         c_params.n_threads = self.n_threads or n_threads
         c_params.n_threads_batch = self.n_threads_batch or c_params.n_threads
         c_params.flash_attn_type = FLASH_ATTN[self.flash_attn]
-        c_params.type_k = KV_TYPES[self.type_k]
-        c_params.type_v = KV_TYPES[self.type_v]
+        c_params.type_k = FORMATS[self.type_k].type
+        c_params.type_v = FORMATS[self.type_v].type
         c_params.kv_unified = self.kv_unified
         c_params.offload_kqv = self.offload_kqv
         c_params.op_offload = self.op_offload

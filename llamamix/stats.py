@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .params import kv_type_name
+from .formats import format_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class CacheStats:
     def from_c(cls, c_stats: Any) -> CacheStats:
         """From a ``struct llama_kv_mixed_stats``."""
         values = {name: getattr(c_stats, name) for name in cls.__dataclass_fields__}
-        types = {name: kv_type_name(number) for name, number in values.items() if name.startswith("type_")}
+        types = {name: format_name(number) for name, number in values.items() if name.startswith("type_")}
         return cls(**(values | types))
 
 

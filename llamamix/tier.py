@@ -11,7 +11,8 @@ from . import ggml
 from ._ffi import ffi, last_error, lib, sized
 from ._handle import ExclusiveHandle
 from .errors import CacheError, LlamamixError, ParamsError
-from .params import N_LAYER_MAX, check_int, kv_type_name
+from .formats import format_name
+from .params import N_LAYER_MAX, check_int
 
 _K, _V = 0, 1
 
@@ -64,8 +65,8 @@ class Tier:
         self.size = int(info.size)
         self.n_stream = int(info.n_stream)
         self.n_layer = int(info.n_layer)
-        self.type_k = kv_type_name(info.type_k)
-        self.type_v = kv_type_name(info.type_v)
+        self.type_k = format_name(info.type_k)
+        self.type_v = format_name(info.type_v)
         self.n_head_kv = int(info.n_head_kv)
         self.head_size_k = int(info.n_embd_head_k)
         self.head_size_v = int(info.n_embd_head_v)

@@ -39,7 +39,7 @@ from rich.table import Table
 from llamamix import LlamamixError, ggml
 from llamamix.attention import Attention, FlashAttnExt, isas
 from llamamix.cli._output import FORMS, render
-from llamamix.params import KV_TYPES
+from llamamix.formats import FORMATS
 
 _CACHE_SIZE = 64 << 20  # where the last-level cache's is not known
 
@@ -80,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("-n", "--n-kv", type=_ints, default="8192", metavar="N,..", help="cells (default: %(default)s)")
     add("-p", "--n-tokens", type=_ints, default="1", metavar="N,..", help="query tokens (default: %(default)s)")
     add(
-        "-ctk", "--cache-type", type=_names(tuple(KV_TYPES)), default="q4_0,q8_0,f16", metavar="TYPE,..",
+        "-ctk", "--cache-type", type=_names(tuple(FORMATS)), default="q4_0,q8_0,f16", metavar="TYPE,..",
         help="of K and V (default: %(default)s)",
     )  # fmt: skip
     add("--isa", type=_names(isas()), default=",".join(isas()), metavar="ISA,..", help="default: %(default)s")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ParamsError
-from ..params import FLASH_ATTN, KV_TYPES, resolve_kv_mixed
+from ..formats import FORMATS
+from ..params import FLASH_ATTN, resolve_kv_mixed
 
 DEFAULT_TYPES = ("f16", "q8_0", "q4_0")
 DEFAULT_KV_MIXED = ("hot=512",)
@@ -82,8 +83,8 @@ def _mode(text: str) -> str:
 
 def _pairs(types_k: Sequence[str], types_v: Sequence[str]) -> list[tuple[str, str]]:
     for name in (*types_k, *types_v):
-        if name not in KV_TYPES:
-            raise ParamsError(f"A cache's type must be one of {', '.join(KV_TYPES)}, not {name!r}.")
+        if name not in FORMATS:
+            raise ParamsError(f"A cache's type must be one of {', '.join(FORMATS)}, not {name!r}.")
     n = max(len(types_k), len(types_v))
     types_k, types_v = (list(types) * n if len(types) == 1 else list(types) for types in (types_k, types_v))
     if len(types_k) != len(types_v):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import LlamamixError
-from ..params import KV_TYPES
+from ..formats import FORMATS
 from ..stats import CacheStats
 from ._json import Record, from_dict, parse
 from .events import Event
@@ -131,6 +131,6 @@ def _record(line: bytes) -> Header | Event | Progress | End:
     record = from_dict(_TYPES[name], data)
     if isinstance(record, Header):
         cache = record.cache
-        if not {cache.type_hot_k, cache.type_hot_v, cache.type_cold_k, cache.type_cold_v} <= KV_TYPES.keys():
+        if not {cache.type_hot_k, cache.type_hot_v, cache.type_cold_k, cache.type_cold_v} <= FORMATS.keys():
             raise ValueError("a type is unknown")
     return record

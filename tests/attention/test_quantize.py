@@ -17,7 +17,7 @@ from helpers.rows import fwht, migrated
 from llamamix import ggml
 from llamamix._ffi import _file_name, ffi, lib
 from llamamix.attention import isas
-from llamamix.params import KV_TYPES
+from llamamix.formats import FORMATS
 
 ALL_ISAS = isas() + emulated.emulated_isas()
 
@@ -60,7 +60,7 @@ def quantize(src: ggml.Tensor, kv_type: str, n_rot: int = 0, isa: str | None = N
     res = np.full(n_rows * ggml.row_size(kv_type, n) + 128, 0xA5, np.uint8)
     dst = ffi.from_buffer(res[64:])
     name = isa.encode() if isa else ffi.NULL
-    args = ffi.from_buffer(src.data), KV_TYPES[src.type], dst, KV_TYPES[kv_type], n_rows, n, n_rot, name
+    args = ffi.from_buffer(src.data), FORMATS[src.type].type, dst, FORMATS[kv_type].type, n_rows, n, n_rot, name
     assert lib.llama_kv_mixed_quantize(*args) == 0
     assert (res[:64] == 0xA5).all() and (res[-64:] == 0xA5).all()
     return res[64:-64].reshape(n_rows, -1)
@@ -102,7 +102,7 @@ def test_the_rotation_is_ggmls(n_rot: int) -> None:
     turned = np.empty_like(x)
     with ggml.graph(16) as (ctx, backend):
         c = ffi_ggml.cast("void *", int(ffi.cast("uintptr_t", ctx)))
-        matrix, rows = (base.ggml_new_tensor_2d(c, KV_TYPES["f32"], n_rot, n) for n in (n_rot, x.size // n_rot))
+        matrix, rows = (base.ggml_new_tensor_2d(c, FORMATS["f32"].type, n_rot, n) for n in (n_rot, x.size // n_rot))
         product = base.ggml_mul_mat(c, matrix, rows)
         base.ggml_mul_mat_set_hint(product, HINT_SRC0_IS_HADAMARD)
         matrix, rows, product = (

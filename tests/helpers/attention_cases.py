@@ -11,7 +11,7 @@ import numpy as np
 
 from llamamix import ggml
 from llamamix.attention import attention, isas
-from llamamix.params import KV_TYPES
+from llamamix.formats import FORMATS
 
 from . import emulated
 from .rows import rotation
@@ -25,8 +25,8 @@ MAX_ROWS_DIRECT = 16  # query rows (query heads to a KV head, times tokens) up t
 MAX_ROWS = 128
 
 AXES: dict[str, tuple[Any, ...]] = {
-    "cold_k": tuple(KV_TYPES),
-    "cold_v": tuple(KV_TYPES),
+    "cold_k": tuple(FORMATS),
+    "cold_v": tuple(FORMATS),
     "hot_k": ("f16", "bf16", "f32"),
     "hot_v": ("f16", "bf16", "f32"),
     "n_embd_k": (64, 80, 96, 128, 192, 256, 16, 40, 72),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llamamix import ggml
-from llamamix.params import KV_TYPES
+from llamamix.formats import FORMATS
 
 _ATTENTION, _QUANTIZE = 0, 1
 
@@ -64,7 +64,7 @@ def compute(
     sizes: list[Any] = []
     arrays = [q]
     for (type_k, k), (type_v, v) in segments:
-        sizes += [KV_TYPES[type_k], KV_TYPES[type_v], k.shape[1], k.shape[3] * k.itemsize, v.shape[3] * v.itemsize]
+        sizes += [FORMATS[type_k].type, FORMATS[type_v].type, k.shape[1], k.shape[3] * k.itemsize, v.shape[3] * v.itemsize]
         arrays += [k, v]
     _, hot_v = segments[1][1]
     n_embd_v = hot_v.shape[3]  # hot rows are not quantised
@@ -81,7 +81,7 @@ def compute(
 def quantize(isa: str, src: ggml.Tensor, kv_type: str, n_rot: int) -> np.ndarray:
     """Rows [n, n_rows], rotated in blocks of n_rot, as the bytes of another type: uint8 [n_rows, row_size]."""
     n, n_rows = src.ne
-    header = struct.pack("5q", KV_TYPES[src.type], KV_TYPES[kv_type], n_rows, n, n_rot)
+    header = struct.pack("5q", FORMATS[src.type].type, FORMATS[kv_type].type, n_rows, n, n_rot)
     row_size = ggml.row_size(kv_type, n)
     data = _request(isa, _QUANTIZE, header, [src.data], n_rows * row_size)
     return np.frombuffer(data, np.uint8).reshape(n_rows, row_size)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from llamamix import ParamsError, ggml
-from llamamix.params import KV_TYPES
+from llamamix.formats import FORMATS
 
-QUANTIZED = [t for t in KV_TYPES if t not in ("f32", "f16", "bf16")]
+QUANTIZED = [t for t in FORMATS if t not in ("f32", "f16", "bf16")]
 
 # types that the gguf package can write; for iq4_nl it only reads
 WRITTEN_BY_GGUF = [t for t in QUANTIZED if t != "iq4_nl"] + ["bf16"]
@@ -45,7 +45,7 @@ def gguf_type(name: str) -> gguf.GGMLQuantizationType:
 #
 
 
-@pytest.mark.parametrize("name", KV_TYPES)
+@pytest.mark.parametrize("name", FORMATS)
 def test_sizes_are_ggufs(name: str) -> None:
     block, size = gguf.GGML_QUANT_SIZES[gguf_type(name)]
     assert (ggml.blck_size(name), ggml.type_size(name)) == (block, size)
@@ -139,7 +139,7 @@ def test_f16_source_is_quantised_like_its_numbers_in_f32() -> None:
 
 
 @pytest.mark.parametrize("source", ["f32", "f16", "bf16"])
-@pytest.mark.parametrize("target", KV_TYPES)
+@pytest.mark.parametrize("target", FORMATS)
 def test_numbers_go_to_every_type(source: str, target: str) -> None:
     x = np.arange(-64, 64, dtype=np.float32)  # exact in all three
     y = ggml.cpy(ggml.quantize(x, source), target)
@@ -154,7 +154,7 @@ def test_what_is_quantised_goes_to_f32_or_stays(name: str) -> None:
     np.testing.assert_array_equal(same.data, q.data)
     assert not np.shares_memory(same.data, q.data)
     np.testing.assert_array_equal(ggml.cpy(q, "f32").data, q.dequantize())
-    for target in set(KV_TYPES) - {"f32", name}:
+    for target in set(FORMATS) - {"f32", name}:
         with pytest.raises(ParamsError, match=rf"copies {name} to f32 only, not to {target}: dequantize\(\)"):
             ggml.cpy(q, target)
 
@@ -185,7 +185,7 @@ def test_views_are_copied_in_order() -> None:
 
 @pytest.mark.parametrize("shape", [(0,), (0, 32), (3, 0, 32)])
 def test_tensors_may_be_empty(shape: tuple[int, ...]) -> None:
-    for name in KV_TYPES:
+    for name in FORMATS:
         t = ggml.quantize(np.zeros(shape), name)
         assert t.ne == shape[::-1] and t.nbytes == 0 and t.dequantize().shape == shape
 

@@ -10,13 +10,22 @@ from hypothesis import strategies as st
 
 from llamamix import ContextParams, KVMixedParams, LlamamixError, Model, ModelParams, ParamsError, SamplingParams
 from llamamix._ffi import ffi, lib
-from llamamix.params import KV_TYPES, kv_type_name, resolve_kv_mixed
+from llamamix.formats import FORMATS, format_name
+from llamamix.ggml import row_size
+from llamamix.params import resolve_kv_mixed
 
 
-def test_kv_types_have_ggmls_names_and_numbers() -> None:
-    for name, number in KV_TYPES.items():
-        assert ffi.string(lib.ggml_type_name(number)).decode() == name
-        assert kv_type_name(number) == name
+def test_formats_are_the_types_that_a_cache_can_have() -> None:
+    """Upstream's programs list the same in their help, and ggml has the same names and sizes."""
+    assert set(FORMATS) == {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"}
+    for name, format in FORMATS.items():
+        assert ffi.string(lib.ggml_type_name(format.type)).decode() == name
+        assert format_name(format.type) == name
+        assert (lib.ggml_blck_size(format.type), lib.ggml_type_size(format.type)) == (format.n_block, format.size_block)
+        assert row_size(name, 256) == format.row_size(256)
+    assert {name for name, format in FORMATS.items() if format.hot} == {"f32", "f16", "bf16"}
+    assert {name for name, format in FORMATS.items() if format.fused} == {"q4_0", "q8_0"}
+    assert {name for name, format in FORMATS.items() if format.direct} == {"f32", "f16", "bf16", "q4_0", "q8_0"}
 
 
 def test_kv_mixed_defaults_are_the_librarys() -> None:
@@ -37,9 +46,9 @@ def test_kv_mixed_spec_is_the_documented_text() -> None:
     st.builds(
         KVMixedParams,
         hot=st.integers(100, 999_999_999),
-        cold=st.sampled_from(list(KV_TYPES)),
-        cold_k=st.none() | st.sampled_from(list(KV_TYPES)),
-        cold_v=st.none() | st.sampled_from(list(KV_TYPES)),
+        cold=st.sampled_from(list(FORMATS)),
+        cold_k=st.none() | st.sampled_from(list(FORMATS)),
+        cold_v=st.none() | st.sampled_from(list(FORMATS)),
         group=st.integers(1, 999_999_999),
         threshold=st.floats(1e-6, 1.0),
         sink=st.integers(0, 99),

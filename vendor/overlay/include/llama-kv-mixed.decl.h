@@ -78,6 +78,23 @@ const char * llama_kv_mixed_last_error(void);
 int32_t llama_kv_mixed_get_params(llama_memory_t mem, struct llama_kv_mixed_params * params);
 int32_t llama_kv_mixed_get_stats (llama_memory_t mem, struct llama_kv_mixed_stats * stats);
 
+// A format: a way in which rows of K or V are stored.
+struct llama_kv_mixed_format_info {
+    size_t struct_size;
+
+    const char * name;  // what cold=, cold_k= and cold_v= call it
+    int32_t  type;      // enum ggml_type of the tensors that hold the rows
+    uint32_t n_block;   // values that are stored together: heads must be multiples of it
+    uint64_t size_block; // bytes of these
+
+    int32_t is_hot;     // 1: new tokens may be stored like this as well
+    int32_t is_direct;  // 1: on the CPU a token that is decoded meets the rows as they are stored, 0: expanded ones
+    int32_t is_fused;   // 1: on the CPU the rows of tokens that become cold are rotated and stored in one pass
+};
+
+// The i-th format of this library. Set struct_size. Returns 0; or -1 when there is none.
+int32_t llama_kv_mixed_get_format_info(uint32_t i, struct llama_kv_mixed_format_info * info);
+
 // What one layer of a model keeps of a token. Set struct_size before the call.
 struct llama_kv_mixed_layer {
     size_t struct_size;

@@ -1,5 +1,6 @@
 #include "cache/kv-cache-mixed.h"
 #include "cache/params.h"
+#include "formats/formats.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -147,6 +148,28 @@ LLAMA_API uint32_t llama_kv_mixed_trace_read_layers(llama_memory_t mem, llama_kv
     return kv ? kv->get_trace().read(errors, n_max) : 0;
 }
 
+LLAMA_API int32_t llama_kv_mixed_get_format_info(uint32_t i, llama_kv_mixed_format_info * info) {
+    const auto * format = llama_kv_mixed_get_format(i);
+    if (!format) {
+        return -1;
+    }
+
+    llama_kv_mixed_format_info res = {};
+
+    res.struct_size = sizeof(res);
+    res.name        = format->name;
+    res.type        = format->type;
+    res.n_block     = ggml_blck_size(format->type);
+    res.size_block  = ggml_type_size(format->type);
+    res.is_hot      = format->load != nullptr;
+    res.is_direct   = format->dot && format->acc;
+    res.is_fused    = format->quantize != nullptr;
+
+    copy_out(res, info);
+
+    return 0;
+}
+
 LLAMA_API int32_t llama_kv_mixed_get_layer(const llama_model * model, uint32_t il, llama_kv_mixed_layer * layer) {
     const auto & hparams = model->hparams;
 
@@ -188,6 +211,7 @@ LLAMA_API size_t llama_kv_mixed_sizeof(const char * name) {
         SIZE_OF(llama_kv_mixed_attn_args),
         SIZE_OF(llama_kv_mixed_cell),
         SIZE_OF(llama_kv_mixed_event),
+        SIZE_OF(llama_kv_mixed_format_info),
         SIZE_OF(llama_kv_mixed_layer),
         SIZE_OF(llama_kv_mixed_layer_error),
         SIZE_OF(llama_kv_mixed_params),
