@@ -22,7 +22,7 @@ import raw
 from test_cache import SHAPE, add, positions, snapshot
 from tiny_model import write_tiny_model
 
-from llamamix import CacheError, Context, ContextError, KVMixedParams, MixedKVCache, Model
+from llamamix import CacheError, Context, ContextError, ContextFullError, KVMixedParams, MixedKVCache, Model
 
 MakeContext = Callable[..., Context]
 
@@ -611,3 +611,39 @@ def test_states_of_other_contexts(
         with pytest.raises(ContextError, match="can not be loaded: (n_stream mismatch|failed to restore kv cache)"):
             plain.state_load(context.state_save(seq_id), seq_id)
     plain.decode([5])
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_a_context_that_fits_in_hot(unified: bool, make_context: Callable[..., Context]) -> None:
+    """It has no cold and takes what a plain cache does; its states go to larger ones and, with nothing cold, back."""
+    params = {"n_seq_max": 2, "kv_unified": unified, "kv_mixed": "1"}
+    small = make_context(n_ctx=512 if unified else 1024, **params)
+    stats = small.stats
+    assert stats.cold_size == stats.bytes_cold == 0
+    assert (stats.type_cold_k, stats.type_cold_v) == ("q4_0", "q4_0")
+    assert stats.bytes_total == stats.bytes_plain
+    cache = MixedKVCache.from_context(small)
+    assert (cache.cold.size, cache.cold.used, cache.cold.cells()) == (0, 0, [])
+    assert cache.cold.get_k(1).ne == (64, 2, 0, small.stats.n_stream)
+
+    small.decode(random_tokens(500), seq_id=1)
+    for token in random_tokens(12, 1):
+        small.decode([token], seq_id=1)
+    assert (small.stats.hot_used, small.stats.n_migrations) == (512, 0)
+    with pytest.raises(ContextFullError):
+        small.decode([5], seq_id=0 if unified else 1)
+
+    large = make_context(n_ctx=2048 if unified else 4096, **params)
+    for seq in (1, None):
+        state = small.state_save(seq)
+        large.state_load(state, seq)
+        assert large.stats.hot_used == 512 and large.memory.seq_pos_max(1) == 511
+        for s in (large.state_save(seq), state):
+            small.memory.clear()
+            small.state_load(s, seq)
+            assert small.state_save(seq) == state
+    large.decode([5], seq_id=1)
+    small.memory.clear()
+    large.decode(random_tokens(50), seq_id=1)
+    with pytest.raises(ContextError, match="cold tokens, cold_size=0 has no room for them"):
+        small.state_load(large.state_save(1), 1)

@@ -374,16 +374,24 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
         const char * name = is_cold ? "cold" : "hot";
 
         const uint32_t n_layer = in.get<uint32_t>();
-        if (n_layer != kv.layers.size()) {
+
+        // a cache whose context fits in hot has no layers in cold, and no tokens
+        const bool is_none = is_cold && (n_layer == 0 || kv.layers.empty()) && n_layer <= LLAMA_MAX_LAYERS;
+
+        if (n_layer != kv.layers.size() && !is_none) {
             throw std::runtime_error(format("the state has %u layers, this cache has %zu", n_layer, kv.layers.size()));
         }
 
-        for (const auto & layer : kv.layers) {
+        for (uint32_t i = 0; i < n_layer; ++i) {
             for (const bool is_v : { false, true }) {
                 const int32_t  type     = in.get<int32_t >();
                 const uint64_t size_row = in.get<uint64_t>();
 
-                check_layer(name, layer.il, is_v ? "V" : "K", is_v ? layer.v : layer.k, type, size_row);
+                if (!is_none) {
+                    const auto & layer = kv.layers[i];
+
+                    check_layer(name, layer.il, is_v ? "V" : "K", is_v ? layer.v : layer.k, type, size_row);
+                }
             }
         }
 
@@ -391,7 +399,7 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
             const auto rot_k = in.get<int64_t>();
             const auto rot_v = in.get<int64_t>();
 
-            if (rot_k != n_rot_k || rot_v != n_rot_v) {
+            if (!is_none && (rot_k != n_rot_k || rot_v != n_rot_v)) {
                 throw std::runtime_error(format("the state has cold rows rotated in blocks of %" PRId64 " (K) and %" PRId64
                     " (V) values, this cache has %" PRId64 " and %" PRId64 " (0: not rotated, see LLAMA_ATTN_ROT_DISABLE)",
                     rot_k, rot_v, n_rot_k, n_rot_v));
@@ -400,6 +408,9 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
 
         for (uint32_t s = 0; s < header.n_stream; ++s) {
             const uint32_t n = in.get<uint32_t>();
+            if (n > 0 && n_layer == 0) {
+                throw std::runtime_error(format("the state has %u %s tokens, and no layers of them", n, name));
+            }
             if (n > kv.get_size()) {
                 throw std::runtime_error(format("the state holds %u %s tokens, %s=%u has no room for them",
                     n, name, is_cold ? "cold_size" : "hot", kv.get_size()));
@@ -461,24 +472,7 @@ void llama_kv_cache_mixed::state_make_room(llama_seq_id seq_id, uint32_t n_hot, 
     const uint32_t strm = get_stream(seq_id);
 
     // as if the sequence were gone already
-    llama_kv_mixed_plan plan = get_plan(strm);
-
-    for (const llama_kv_cache * kv : { get_hot(), get_cold() }) {
-        const auto & cells = kv->v_cells[strm];
-
-        for (uint32_t i = 0; i < cells.size(); ++i) {
-            if (cells.is_empty(i) || !cells.seq_has(i, seq_id) || cells.seq_count(i) > 1) {
-                continue;
-            }
-
-            if (kv == get_cold()) {
-                plan.cold_used--;
-            } else {
-                plan.hot_used--;
-                plan.hot_pinned -= policy.is_pinned(cells.pos_get(i));
-            }
-        }
-    }
+    llama_kv_mixed_plan plan = get_plan(strm, seq_id);
 
     if (!plan.make_room(policy, n_hot) || n_cold > plan.cold_size - plan.cold_used) {
         throw std::runtime_error(format("no room for the %u hot and %u cold tokens of the state: %s",

@@ -64,7 +64,7 @@ static const char * get_fused_reason(const llama_kv_cache_mixed & kv, const llam
 }
 
 void llama_kv_mixed_check_attn(const llama_model & model, const llama_kv_cache_mixed & kv) {
-    if (kv.get_params().attn != LLAMA_KV_MIXED_ATTN_FUSED) {
+    if (kv.get_params().attn != LLAMA_KV_MIXED_ATTN_FUSED || !kv.has_cold()) {
         return;
     }
     for (const int32_t il : kv.get_hot()->get_layer_ids()) {
@@ -105,6 +105,11 @@ ggml_tensor * llama_kv_mixed_build_attn(
                            ggml_tensor * sinks,
                                  float   kq_scale,
                                    int   il) {
+    // all is as in a plain cache
+    if (!mctx.get_kv()->has_cold()) {
+        return gctx.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, nullptr, 0, kq_scale, il);
+    }
+
     // a bias for every pair of tokens, and Grok's other way of capping without flash attention, are left to the stock operations
     const bool is_plain = !kq_b && (gctx.arch != LLM_ARCH_GROK || gctx.cparams.flash_attn);
 
