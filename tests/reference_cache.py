@@ -262,10 +262,22 @@ class ReferenceCache:
         s = self.stream(seq)
         hot = [t for part in state for t in part.hot]
         cold = [t for part in state for t in part.cold]
-        if not self._make_room(s, len(hot)) or len(cold) > self.n_cold - len(s.cold):
-            self.streams, self.n_migrations, self.n_tokens_moved = before
-            raise NoRoom
         for t in hot + cold:
             t.seqs = {seq}
-        s.hot += hot
-        s.cold += cold
+
+        # what others and their sinks leave no room for in hot goes to cold: the oldest, sinks last of all
+        n_free = self.n_cold - len(s.cold) - len(cold)
+        n_movable = len(self.movable(s))
+        n_over = max(0, len(hot) - (self.n_hot - len(s.hot) + min(n_movable, n_free)))
+        if n_free < 0 or (n_over > 0 and n_over + n_movable > n_free):
+            self.streams, self.n_migrations, self.n_tokens_moved = before
+            raise NoRoom
+        while self.n_hot - len(s.hot) < len(hot) - n_over:
+            n = min(self.n_move_max, self.n_cold - len(s.cold) - len(cold) - n_over)
+            assert self._migrate(s, n, []) > 0
+        pinned = self.pinned(hot)
+        pinned.sort(key=lambda t: (t.pos, t.cell), reverse=True)
+        others = sorted((t for t in hot if t not in pinned), key=lambda t: (t.pos, t.cell))
+        over = (others + pinned)[:n_over]
+        s.hot += [t for t in hot if t not in over]
+        s.cold += cold + over

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from reference import Full, Tiering, environment, library_dir
 
-from llamamix import Context, ContextError, ContextFullError, DecodeAborted, KVMixedParams, Model
+from llamamix import Context, ContextError, ContextFullError, DecodeAborted, KVMixedParams, MixedKVCache, Model
 
 MakeContext = Callable[..., Context]
 
@@ -533,6 +533,35 @@ def test_a_sequence_is_brought_into_another_context(kv_unified: bool, make_conte
     for context, seq in ((second, 0), (plain, 1)):  # the other one was not touched
         context.decode(random_tokens(1), seq_id=seq)
     np.testing.assert_allclose(second.logits, plain.logits, rtol=0, atol=ATOL)
+
+
+def test_a_nearly_full_hot_is_brought_beside_others(make_context: MakeContext) -> None:
+    """Prompts of any length, after some of which hot is full: sinks of the sequences there take some of it."""
+    params = F32 | {"n_ctx": 768, "n_seq_max": 3, "kv_unified": True, "n_ubatch": 64}
+    mixed = params | {"kv_mixed": KVMixedParams(hot=64, group=16, sink=4, cold="f32")}
+    first, second, plain = make_context(**mixed), make_context(**mixed), make_context(**params | {"kv_mixed": False})
+    n_over = []
+    for n in [*range(50, 70), 128, 129, 192]:
+        for context in (first, second, plain):
+            context.memory.clear()
+        for context, seq in ((first, 0), (plain, 1)):
+            context.decode(random_tokens(n), seq_id=seq)
+        for context in (second, plain):
+            context.decode(random_tokens(5 + n % 7, 1), seq_id=0)
+            context.decode(random_tokens(90, 2), seq_id=2)
+        tiers = first.stats
+        second.state_load(first.state_save(0), 1)
+        cells = MixedKVCache.from_context(second)
+        hot, cold = (sorted(c.pos for c in tier.cells() if c.seq_ids == (1,)) for tier in (cells.hot, cells.cold))
+        assert sorted(hot + cold) == list(range(n)) and hot[:4] == [0, 1, 2, 3]
+        # 8 sinks are there: 56 tokens at most have room
+        n_over.append(len(cold) - tiers.cold_used)
+        assert n_over[-1] == max(0, tiers.hot_used - 56)
+        assert not cold or max(cold) < hot[4]
+        for context in (second, plain):
+            context.decode_batch([8, 9, 10], [0, 1, 2], logits="all")
+        np.testing.assert_allclose(second.logits, plain.logits, rtol=0, atol=ATOL)
+    assert max(n_over) == 8 and min(n_over) == 0
 
 
 STREAMS = F32 | {"n_ctx": 768, "n_seq_max": 2, "n_ubatch": 64}

@@ -370,6 +370,47 @@ def test_a_sequence_that_does_not_fit_changes_nothing(make: Callable[..., MixedK
     assert positions(cache, 0) == positions(source, 0)
 
 
+def test_hot_tokens_that_have_no_room_go_to_cold(make: Callable[..., MixedKVCache]) -> None:
+    """The oldest but no sink, quantised as a migration does; what can not be read leaves the other sequence alone."""
+    options = {"n_layer": 2, "n_head_kv": 1, "hot": 8, "cold_size": 16, "sink": 2, "threshold": 1.0}
+    source = make(**options)
+    add(source, 8)
+    state = source.state_write(0)
+    cache = make(**options)
+    add(cache, 3, seq=1)
+    cache.state_read(state, 0)
+    assert positions(cache, 0) == ([0, 1, 4, 5, 6, 7], [2, 3]) and positions(cache, 1) == ([0, 1], [2])
+    assert source.move_tokens_to_cold_cache(2) == 2  # the same ones
+
+    def rows(cache: MixedKVCache, cold: bool, seq: int = 0) -> dict[int, list[bytes]]:
+        tier = cache.cold if cold else cache.hot
+        kept = [get(layer).data[0] for layer in range(2) for get in (tier.get_k, tier.get_v)]
+        return {c.pos: [x[c.index].tobytes() for x in kept] for c in tier.cells() if seq in c.seq_ids}
+
+    assert rows(cache, True) == rows(source, True) and rows(cache, False) == rows(source, False)
+
+    # of 8 tokens of a state 2 are sinks, and so are 4 of the others: there is room, and when it has been used up there is none
+    cache = make(**options | {"cold_size": 4})
+    add(cache, 3, seq=1)
+    add(cache, 2, seq=2)
+    before = snapshot(cache)
+    with pytest.raises(CacheError, match="no room for the 8 hot and 0 cold tokens of the state: hot=5/8, cold=0/4"):
+        cache.state_read(state, 0)
+    assert snapshot(cache) == before
+    cache = make(**options)
+    add(cache, 3, seq=1)
+    add(cache, 3, seq=2)
+    others = [rows(cache, cold=False, seq=seq)[0] for seq in (1, 2)]
+    bad = bytearray(state)
+    bad[-20] ^= 1  # in the rows
+    with pytest.raises(CacheError, match="damaged"):
+        cache.state_read(bytes(bad), 0)
+    assert positions(cache, 0) == ([], [])
+    assert [rows(cache, cold=False, seq=seq)[0] for seq in (1, 2)] == others
+    cache.state_read(state, 0)
+    assert positions(cache, 0) == ([0, 1, 6, 7], [2, 3, 4, 5])
+
+
 #
 # contexts
 #

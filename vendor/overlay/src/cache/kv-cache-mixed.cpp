@@ -211,8 +211,6 @@ llama_kv_cache_mixed::llama_kv_cache_mixed(
         return n_rot > 0 ? kv_cold->attn_rot_hadamard.at(n_rot).data() : nullptr;
     };
 
-    std::vector<llama_kv_mixed_mover::pair> pairs;
-
     for (const auto & hot : kv_hot->layers) {
         for (const ggml_tensor * t : { hot.k, hot.v }) {
             bytes_plain += (uint64_t) ggml_row_size(t->type, t->ne[0])*n_ctx_seq*t->ne[2];

@@ -210,6 +210,9 @@ private:
 
     std::unique_ptr<llama_kv_cache> kv_cold;
 
+    // hot and cold tensors, K and V of all layers
+    std::vector<llama_kv_mixed_mover::pair> pairs;
+
     std::unique_ptr<llama_kv_mixed_mover> mover;
 
     std::unique_ptr<llama_kv_mixed_trace> trace;
@@ -257,6 +260,9 @@ private:
 
     std::string describe_use() const;
 
+    // for migrations
+    int get_n_threads() const;
+
     // puts a token into an empty cell, with a shift that is still pending
     static void set_cell(
                             llama_kv_cells & cells,
@@ -274,9 +280,13 @@ private:
     struct state_stream;
     struct state_tier;
 
-    // remove a sequence, and make room for the cells that a state has of it
-    // throws when there is none, and nothing changed
-    void state_make_room(llama_seq_id seq_id, uint32_t n_hot, uint32_t n_cold);
+    // Remove a sequence, and make room for the cells that a state has of it. The others make way, but for their sinks: where
+    // these are in the way, the oldest of the state's hot cells have to go to cold.
+    // Returns the indices of these, ascending. Throws when there is no room, and nothing changed.
+    std::vector<uint32_t> state_make_room(llama_seq_id seq_id, const std::vector<state_cell> & hot, uint32_t n_cold, bool on_device);
+
+    // the n of a sequence's cells that leave hot first
+    std::vector<uint32_t> state_oldest(llama_seq_id seq_id, const std::vector<state_cell> & cells, uint32_t n) const;
 
     // put cells in place, those of hot and of cold, and read their rows
     template <typename R>

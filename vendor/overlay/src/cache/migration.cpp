@@ -187,6 +187,10 @@ llama_kv_cache_mixed::migration llama_kv_cache_mixed::pick(uint32_t strm, uint32
     return res;
 }
 
+int llama_kv_cache_mixed::get_n_threads() const {
+    return lctx ? lctx->n_threads() : std::clamp<int>(std::thread::hardware_concurrency(), 1, GGML_DEFAULT_N_THREADS);
+}
+
 bool llama_kv_cache_mixed::copy(const migration & mig) {
     std::vector<int32_t> rows_src(mig.src.begin(), mig.src.end());
     std::vector<int64_t> rows_dst(mig.dst.begin(), mig.dst.end());
@@ -201,9 +205,7 @@ bool llama_kv_cache_mixed::copy(const migration & mig) {
         ggml_backend_sched_synchronize(lctx->get_sched());
     }
 
-    const int n_threads = lctx ? lctx->n_threads() : std::clamp<int>(std::thread::hardware_concurrency(), 1, GGML_DEFAULT_N_THREADS);
-
-    if (!mover->move(rows_src, rows_dst, n_threads)) {
+    if (!mover->move(rows_src, rows_dst, get_n_threads())) {
         LLAMA_LOG_ERROR("%s: failed to copy %zu tokens from hot to cold, they stay hot\n", __func__, mig.src.size());
         return false;
     }
