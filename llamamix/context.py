@@ -213,7 +213,7 @@ class Context:
         del keep
         if raised:
             raise raised[0]
-        return code, _REASONS.get(code) or errors.reason()
+        return code, errors.reason() or _REASONS.get(code, "")
 
     def _undo(self, ctx: Any, spans: Mapping[int, tuple[int, int]]) -> None:
         memory = lib.llama_get_memory(ctx)

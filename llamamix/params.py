@@ -103,7 +103,7 @@ class KVMixedParams:
     cold_v     the same for V alone, None: ``cold``
     group      the most tokens that one migration moves (never more than a quarter of ``hot``)
     threshold  migrate when hot use passes this share of ``hot``, over 0 and at most 1
-    sink       the first positions of every sequence, which stay hot
+    sink       the first positions of every sequence, which stay hot; of all sequences no more than half of ``hot``
     cold_size  cold cells per stream, 0: what the context needs beyond ``hot``
     attn       "fused": our own kernel, for a cache in the CPU's memory; "compose": stock ggml operations; "auto": fused
                where that is possible
@@ -152,8 +152,7 @@ class KVMixedParams:
     def cells(self, n_ctx_seq: int) -> tuple[int, int]:
         """Hot and cold cells of a stream for so many tokens of context."""
         n_hot = min(self.hot, n_ctx_seq)
-        n_move_max = max(1, min(n_hot // 4, self.group))  # cold has room for a migration in any case
-        return n_hot, self.cold_size or max(n_ctx_seq - n_hot, n_move_max)
+        return n_hot, self.cold_size or n_ctx_seq - n_hot
 
     @classmethod
     def parse(cls, spec: str) -> KVMixedParams:

@@ -22,7 +22,7 @@ _PROFILES = {
     "long": settings(max_examples=4000, stateful_step_count=100, print_blob=True),
 }
 
-N_SEQ = 3
+N_SEQ = 5
 N_LAYER = 2
 HEAD_K, HEAD_V = 32, 64
 
@@ -74,7 +74,7 @@ def configs(draw: st.DrawFn) -> Config:
         hot=hot,
         cold=n_pad * draw(st.integers(1, 32 // n_pad)),
         group=draw(st.sampled_from([1, 2, 3, 8])),
-        sink=draw(st.integers(0, min(4, (hot - 1) // (N_SEQ if unified else 1)))),
+        sink=draw(st.integers(0, min(4, hot - 1))),
         threshold=draw(st.sampled_from([0.5, 0.8, 1.0])),
         n_pad=n_pad,
         unified=unified,
@@ -191,6 +191,17 @@ class CacheMachine(RuleBasedStateMachine):
     def commit(self, lengths: dict[int, int], starts: int, round_robin: bool, n_ubatch: int) -> None:
         self.run(self.batch(lengths, starts, round_robin), n_ubatch)
 
+    @rule(seq=seqs, n=st.integers(1, 12), first=st.integers(0, 5), n_ubatch=st.integers(1, 12))
+    def commit_image(self, seq: int, n: int, first: int, n_ubatch: int) -> None:
+        """Tokens that all have the same position."""
+        pos = self.ref.pos_max(seq) + 1 or first
+        batch = Batch()
+        for _ in range(n):
+            batch.add(self.n_tokens, pos, seq)
+            self.n_tokens += 1
+        event("image" + (" at a sink's position" if pos < self.config.sink else ""))
+        self.run(batch, n_ubatch)
+
     @rule(seq=seqs, n=st.integers(1, 16))
     def commit_one_by_one(self, seq: int, n: int) -> None:
         for _ in range(n):
@@ -261,7 +272,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.ref.add(seq, *within, delta)
         self.reorder()
 
-    @rule(seq=seqs, within=ranges, d=st.integers(1, 4))
+    @rule(seq=seqs, within=ranges, d=st.sampled_from([1, 2, 3, 16]))
     def seq_div(self, seq: int, within: tuple[int, int], d: int) -> None:
         self.cache.seq_div(seq, *within, d)
         self.ref.div(seq, *within, d)
@@ -332,6 +343,15 @@ class CacheMachine(RuleBasedStateMachine):
         for seq in self.ordered:
             assert self.ref.is_ordered(seq)
         self.reorder()
+
+    @invariant()
+    def room_is_left_until_all_is_full(self) -> None:
+        """A token can be refused only when hot and cold have none to spare."""
+        for s in self.ref.streams:
+            n_pinned = len(self.ref.pinned(s.hot))
+            assert n_pinned < self.config.hot
+            for seq in range(N_SEQ):
+                assert sum(min(t.seqs) == seq for t in self.ref.pinned(s.hot)) <= self.config.sink
 
     @invariant()
     def counts_are_right(self) -> None:

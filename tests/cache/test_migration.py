@@ -19,7 +19,7 @@ from helpers.processes import N_THREADS, environment, library_dir
 from helpers.tiering import Full, Tiering
 from helpers.tiny_model import random_tokens
 
-from llamamix import Context, ContextError, ContextFullError, DecodeAborted, KVMixedParams, Model
+from llamamix import Context, ContextError, ContextFullError, DecodeAborted, KVMixedParams, MixedKVCache, Model
 
 MakeContext = Callable[..., Context]
 
@@ -167,6 +167,42 @@ def test_sinks_stay(trio: Callable[..., Trio]) -> None:
         hot, cold = t.twin.positions(seq)
         assert hot[:5] == [0, 1, 2, 3, 4]
         assert cold[0] == 5
+
+
+def test_sinks_take_no_more_than_half_of_hot(trio: Callable[..., Trio]) -> None:
+    """20 sequences with 4 sinks each, and room for 32 in all: the first positions of all sequences come first."""
+    t = trio(n_ctx=1024, n_seq=20, hot=64, group=8, sink=4)
+    for i in range(30):
+        t.decode(list(range(20)), seed=i)
+    for seq in range(20):
+        hot, cold = t.twin.positions(seq)
+        n = 2 if seq < 12 else 1
+        assert hot[:n] == list(range(n)) and cold[0] == n
+    for seq in range(19):
+        t.memory("rm", seq, 0, -1)
+    t.decode([19] * 200)  # what was not pinned when there was no room is cold, the rest stays
+
+
+def test_sinks_of_sequences_that_never_come_take_no_room(trio: Callable[..., Trio]) -> None:
+    t = trio(n_ctx=1024, n_seq=64, hot=64, group=8, sink=5)
+    t.decode([7] * 200 + [63] * 150)
+    for seq in (7, 63):
+        hot, cold = t.twin.positions(seq)
+        assert hot[:5] == [0, 1, 2, 3, 4] and cold[0] == 5
+
+
+def test_tokens_at_the_position_of_a_sink(trio: Callable[..., Trio]) -> None:
+    """Positions that are divided: all tokens are at those of sinks, and no more than a sequence's share is pinned."""
+    t = trio(hot=64, group=16, sink=4, threshold=1.0)
+    t.decode([0] * 64)
+    t.memory("div", 0, 0, -1, 16)
+    assert t.twin.counts["cold_used"] == 0
+    t.decode([0])
+    assert t.twin.counts["cold_used"] == 16
+    t.decode([0] * 300)
+    hot, cold = t.twin.positions(0)
+    assert hot[:4] == [0] * 4 and hot[4] > 200
+    assert cold[:17] == [0] * 12 + [1] * 5
 
 
 SHAPES: list[dict[str, Any]] = [
@@ -335,17 +371,44 @@ def test_input_of_several_batches_that_does_not_fit_is_undone(make_context: Make
     np.testing.assert_allclose(context.logits, plain.logits, rtol=0, atol=ATOL)
 
 
-def test_refused_when_only_sinks_are_hot(make_context: MakeContext) -> None:
-    """Sinks of three sequences fill hot but for one cell; each token makes the one before it cold."""
-    context = make_context(
-        n_seq_max=3, kv_unified=True, n_ubatch=16, kv_mixed=KVMixedParams(hot=16, sink=5, cold="f32"), **F32
-    )
+def test_sinks_leave_room_to_move(trio: Callable[..., Trio]) -> None:
+    """15 sinks of three sequences in 16 hot cells: half of hot moves, until hot and cold are full to the last cell."""
+    t = trio(n_ctx=256, n_seq=3, n_ubatch=16, hot=16, sink=5)
     for seq in range(3):
-        context.decode(random_tokens(5), seq_id=seq)
-    assert (context.stats.hot_used, context.stats.cold_used) == (15, 0)
+        t.decode([seq] * 5)
+    assert t.twin.counts["hot_used"] == 13  # of 10, 8 are pinned
     for seq in range(3):
-        context.decode(random_tokens(70), seq_id=seq)
-    assert (context.stats.hot_used, context.stats.cold_used) == (16, 209)
+        t.decode([seq] * 70)
+    t.decode([0] * 31)
+    assert t.n_full == 0 and t.twin.counts["hot_used"] == 16 and t.twin.counts["cold_used"] == 240
+    t.decode([1])
+    assert t.n_full == 1
+
+
+def test_a_batch_is_divided_ubatch_by_ubatch(trio: Callable[..., Trio]) -> None:
+    """Large batches of several sequences, and little room: each ubatch is as large as hot can take after those before."""
+    rng = np.random.default_rng(0)
+    n_ubatches = []
+    for n_seq, unified, shape in (
+        (4, True, {"hot": 40, "group": 7, "sink": 3, "n_ubatch": 64}),
+        (4, False, {"hot": 40, "group": 7, "sink": 3, "n_ubatch": 64}),
+        (3, True, {"hot": 24, "group": 2, "sink": 6, "threshold": 0.4, "n_ubatch": 20}),
+    ):
+        t = trio(n_ctx=512 if unified else 512 * n_seq, n_seq=n_seq, unified=unified, **shape)
+        decode = t.twin.decode
+
+        def counted(*args: Any, decode: Callable[..., list[list[int]]] = decode) -> list[list[int]]:
+            ubatches = decode(*args)
+            n_ubatches.append(len(ubatches))
+            return ubatches
+
+        t.twin.decode = counted  # type: ignore[method-assign]
+        for i in range(12):
+            seqs = rng.integers(0, n_seq, rng.integers(50, 240)).tolist()
+            t.decode(sorted(seqs) if i % 2 else seqs, seed=i)
+            for seq in rng.permutation(n_seq)[:2]:
+                t.memory("rm", int(seq), int(rng.integers(0, 40)), -1)
+    assert max(n_ubatches) > 15 and len(n_ubatches) > 20
 
 
 #
@@ -461,6 +524,35 @@ def test_a_sequence_is_brought_into_another_context(kv_unified: bool, make_conte
     for context, seq in ((second, 0), (plain, 1)):  # the other one was not touched
         context.decode(random_tokens(1), seq_id=seq)
     np.testing.assert_allclose(second.logits, plain.logits, rtol=0, atol=ATOL)
+
+
+def test_a_nearly_full_hot_is_brought_beside_others(make_context: MakeContext) -> None:
+    """Prompts of any length, after some of which hot is full: sinks of the sequences there take some of it."""
+    params = F32 | {"n_ctx": 768, "n_seq_max": 3, "kv_unified": True, "n_ubatch": 64}
+    mixed = params | {"kv_mixed": KVMixedParams(hot=64, group=16, sink=4, cold="f32")}
+    first, second, plain = make_context(**mixed), make_context(**mixed), make_context(**params | {"kv_mixed": False})
+    n_over = []
+    for n in [*range(50, 70), 128, 129, 192]:
+        for context in (first, second, plain):
+            context.memory.clear()
+        for context, seq in ((first, 0), (plain, 1)):
+            context.decode(random_tokens(n), seq_id=seq)
+        for context in (second, plain):
+            context.decode(random_tokens(5 + n % 7, 1), seq_id=0)
+            context.decode(random_tokens(90, 2), seq_id=2)
+        tiers = first.stats
+        second.state_load(first.state_save(0), 1)
+        cells = MixedKVCache.from_context(second)
+        hot, cold = (sorted(c.pos for c in tier.cells() if c.seq_ids == (1,)) for tier in (cells.hot, cells.cold))
+        assert sorted(hot + cold) == list(range(n)) and hot[:4] == [0, 1, 2, 3]
+        # 8 sinks are there: 56 tokens at most have room
+        n_over.append(len(cold) - tiers.cold_used)
+        assert n_over[-1] == max(0, tiers.hot_used - 56)
+        assert not cold or max(cold) < hot[4]
+        for context in (second, plain):
+            context.decode_batch([8, 9, 10], [0, 1, 2], logits="all")
+        np.testing.assert_allclose(second.logits, plain.logits, rtol=0, atol=ATOL)
+    assert max(n_over) == 8 and min(n_over) == 0
 
 
 STREAMS = F32 | {"n_ctx": 768, "n_seq_max": 2, "n_ubatch": 64}

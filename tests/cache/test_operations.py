@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from helpers import raw
 from helpers.allowances import ATOL, F32, allowance, flips, rms
+from helpers.gguf_copy import rewrite_gguf
 from helpers.llama import Llama
 from helpers.rows import Storage
 from helpers.tiering import Tiering
 from helpers.tiny_model import random_tokens, write_tiny_model
 
-from llamamix import Context, ContextFullError, KVMixedParams, Model
+from llamamix import Context, ContextFullError, KVMixedParams, MixedKVCache, Model
 from llamamix import _ffi as bindings
 
 MakeContext = Callable[..., Context]
@@ -242,14 +243,18 @@ def test_speculation_below_the_threshold_changes_nothing(make_context: MakeConte
 #
 
 
-def decode_embeddings(context: Context, rows: np.ndarray, pos: int) -> tuple[int, np.ndarray]:
-    """Decode input rows, as programs with images do; the return code and all logits."""
+def decode_embeddings(context: Context, rows: np.ndarray, pos: list[int]) -> tuple[int, np.ndarray]:
+    """Decode input rows, as programs with images do; the return code and all logits.
+
+    ``pos`` holds a position for each row; for models with several kinds of positions first all of one kind, then of the
+    next.
+    """
     rows = np.ascontiguousarray(rows, np.float32)
     n = len(rows)
     ffi = raw.ffi
     keep = [
         ffi.from_buffer("float[]", rows),
-        ffi.new("int32_t[]", list(range(pos, pos + n))),
+        ffi.new("int32_t[]", pos),
         ffi.new("int32_t[]", [1] * n),
         ffi.new("int32_t[1]", [0]),
     ]
@@ -272,15 +277,49 @@ def test_embeddings_as_input(cold: str, tiny_model_path: Path, make_context: Mak
     context, other = (make_context(n_ctx=512, n_ubatch=32, kv_mixed=mixed(cold=cold)) for _ in range(2))
     for start, end in ((0, 20), (20, 120), (120, 121), (121, 150)):
         other.decode(tokens[start:end], logits="all")
-        code, logits = decode_embeddings(context, weights[tokens[start:end]], start)
+        code, logits = decode_embeddings(context, weights[tokens[start:end]], list(range(start, end)))
         assert code == 0
         np.testing.assert_array_equal(logits, other.logits)
         context.state_load(context.state_save())
     assert context.stats.cold_used > 90
     # refused as a whole when it does not fit
     before = raw.state_get(context)
-    code, _ = decode_embeddings(context, weights[random_tokens(363)], 150)
+    code, _ = decode_embeddings(context, weights[random_tokens(363)], list(range(150, 513)))
     assert code == 1 and raw.state_get(context) == before
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_an_image_at_the_position_of_a_sink(first: int, tmp_path: Path, make_context: MakeContext) -> None:
+    """All its tokens have the same position (M-RoPE), and more of them than hot has cells: no more than 4 are pinned."""
+    llama = write_tiny_model(tmp_path / "llama.gguf", n_embd=256)
+    path = rewrite_gguf(llama, tmp_path / "qwen2vl.gguf", arch="qwen2vl", extra={"rope.dimension_sections": [16, 8, 8, 0]})
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((12 * 25, 256)).astype(np.float32)
+    y, x = (first + i.ravel() for i in np.mgrid[:12, :25])
+    pos = np.concatenate([np.full(300, first), y, x, np.zeros(300)]).astype(int).tolist()
+    with Model(path) as model:
+        logits = []
+        for kv_mixed in (mixed(hot=128, group=32), False):
+            params = F32 | {"n_ctx": 1024, "n_ubatch": 64, "n_seq_max": 2, "kv_unified": True}
+            context = make_context(model, kv_mixed=kv_mixed, **params)
+            if first > 0:
+                context.decode(random_tokens(first))
+            code, image = decode_embeddings(context, rows, pos)
+            assert code == 0
+            context.decode(random_tokens(200, 1), pos=first + 25, logits="all")
+            logits.append(np.concatenate([image, context.logits]))
+            context.decode(random_tokens(200, 2), seq_id=1)  # another sequence's sinks have room as well
+            if kv_mixed:
+                used = context.stats
+                assert used.hot_used + used.cold_used == first + 300 + 200 + 200
+                hot = MixedKVCache.from_context(context).hot.cells()
+                for seq, end in ((0, first + 225), (1, 200)):
+                    mine = sorted(c.pos for c in hot if seq in c.seq_ids)
+                    assert len(mine) > 4 and mine[-1] == end - 1
+                    assert mine[:4] == (sorted([*range(first), *[first] * 4])[:4] if seq == 0 else [0, 1, 2, 3])
+                    assert mine[4] > 50  # what is not pinned has gone
+            context.close()
+        np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=ATOL)
 
 
 #
@@ -288,20 +327,71 @@ def test_embeddings_as_input(cold: str, tiny_model_path: Path, make_context: Mak
 #
 
 
-@pytest.mark.parametrize("pooling", ["none", "mean", "last"])
+POOLING = {"n_ctx": 2048, "n_ubatch": 600, "embeddings": True}
+
+
+@pytest.mark.parametrize("pooling", ["none", "mean", "cls", "last"])
 def test_embeddings_as_output(pooling: str, make_context: MakeContext) -> None:
-    tokens = random_tokens(200)
-    params = F32 | {"n_ctx": 512, "n_ubatch": 200, "embeddings": True, "pooling": pooling}
+    """Hot grows where a ubatch must not be split: 600 tokens and 4 sinks, in multiples of 256."""
+    tokens = random_tokens(600)
 
     def embed(kv_mixed: Any) -> np.ndarray:
-        context = make_context(kv_mixed=kv_mixed, **params)
+        context = make_context(kv_mixed=kv_mixed, pooling=pooling, **F32 | POOLING)
+        context.decode(random_tokens(300, 1), seq_id=0)  # of another text
+        context.memory.clear()
         context.decode(tokens)
+        if kv_mixed:
+            grown = pooling in ("mean", "cls")
+            assert (context.stats.hot_size, context.kv_mixed.hot) == ((768, 768) if grown else (48, 48))
+            assert context.stats.cold_size == 2048 - context.stats.hot_size
         return context.embeddings if pooling == "none" else context.embeddings_seq(0)
 
     # embeddings have unit size, logits are 3 times as large
-    np.testing.assert_allclose(embed(mixed(hot=256)), embed(False), rtol=0, atol=ATOL)
-    if pooling != "mean":  # the mean is over the tokens of a ubatch, which hot must have room for
-        np.testing.assert_allclose(embed(mixed()), embed(False), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(embed(mixed()), embed(False), rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_pooled_embeddings_of_several_sequences(pooling: str, unified: bool, make_context: MakeContext) -> None:
+    """Of different length, together more than hot can take: each of them is pooled as if it were alone."""
+    lengths = [200, 31, 200, 77, 200]
+    tokens = [random_tokens(n, i) for i, n in enumerate(lengths)]
+    params = F32 | {"n_ctx": 2048 * (1 if unified else 5), "n_ubatch": 210, "n_seq_max": 5, "kv_unified": unified}
+    params |= {"embeddings": True, "pooling": pooling}
+    context = make_context(kv_mixed=mixed(), **params)
+    assert context.stats.hot_size // context.stats.n_stream == 256  # 210 tokens, 5 * 4 sinks or 4
+    assert raw.decode_sequences(context, tokens) == 0
+    plain = make_context(**F32 | {"n_ctx": 256, "n_ubatch": 256, "embeddings": True, "pooling": pooling})
+    for seq, part in enumerate(tokens):
+        plain.memory.clear()
+        plain.decode(part)
+        np.testing.assert_allclose(raw.pooled(context, seq), raw.pooled(plain, 0), rtol=0, atol=ATOL)
+
+
+def test_a_sequence_that_is_pooled_is_not_cut(make_context: MakeContext) -> None:
+    """Longer than n_ubatch, or of more tokens than hot has room for: refused, and nothing has changed."""
+    params = F32 | {"n_ctx": 1024, "n_ubatch": 64, "pooling": "mean"}
+    context = make_context(kv_mixed=mixed(), embeddings=True, **params)
+    context.decode(random_tokens(30))
+    before = raw.state_get(context)
+    assert raw.decode_sequences(context, [random_tokens(65)], first=30) == 1
+    assert raw.state_get(context) == before
+
+    # embeddings are switched on later: hot could not grow
+    context, plain = (make_context(kv_mixed=m, **params) for m in (mixed(), False))
+    assert context.stats.hot_size == 48
+    for c in (context, plain):
+        c.decode(random_tokens(100))
+        with raw.pointer(c) as ctx:
+            raw.lib.llama_set_embeddings(ctx, True)
+    before = raw.state_get(context)
+    reason = r"whose embeddings are pooled \(mean\) has to fit in hot as a whole: 60 tokens, and hot=48 has room for 44"
+    with pytest.raises(ContextFullError, match=f"{reason}; set hot=256") as error:
+        context.decode(random_tokens(60), logits="all")
+    assert error.value.code == 1 and raw.state_get(context) == before
+    for c in (context, plain):
+        assert raw.decode_sequences(c, [random_tokens(44, 1)], first=100) == 0
+    np.testing.assert_allclose(raw.pooled(context, 0), raw.pooled(plain, 0), rtol=0, atol=ATOL)
 
 
 def test_no_causal_mask(make_context: MakeContext) -> None:
@@ -317,7 +407,8 @@ def test_no_causal_mask(make_context: MakeContext) -> None:
         rows.append(c.logits)
     np.testing.assert_allclose(rows[0], rows[1], rtol=0, atol=ATOL)
     before = raw.state_get(context)
-    with pytest.raises(ContextFullError, match="full"):
+    reason = "a batch without causal attention, where its tokens see each other, has to fit in hot as a whole"
+    with pytest.raises(ContextFullError, match=f"{reason}: 49 tokens, and hot=48 has room for 44; set hot=256"):
         context.decode(random_tokens(49))
     assert raw.state_get(context) == before
 

@@ -22,7 +22,7 @@ from helpers import raw
 from helpers.by_hand import SHAPE, add, positions, snapshot
 from helpers.tiny_model import write_tiny_model
 
-from llamamix import CacheError, Context, ContextError, KVMixedParams, MixedKVCache, Model
+from llamamix import CacheError, Context, ContextError, ContextFullError, KVMixedParams, MixedKVCache, Model
 
 MakeContext = Callable[..., Context]
 
@@ -376,6 +376,47 @@ def test_a_sequence_that_does_not_fit_changes_nothing(make: Callable[..., MixedK
     assert positions(cache, 0) == positions(source, 0)
 
 
+def test_hot_tokens_that_have_no_room_go_to_cold(make: Callable[..., MixedKVCache]) -> None:
+    """The oldest but no sink, quantised as a migration does; what can not be read leaves the other sequence alone."""
+    options = {"n_layer": 2, "n_head_kv": 1, "hot": 8, "cold_size": 16, "sink": 2, "threshold": 1.0}
+    source = make(**options)
+    add(source, 8)
+    state = source.state_write(0)
+    cache = make(**options)
+    add(cache, 3, seq=1)
+    cache.state_read(state, 0)
+    assert positions(cache, 0) == ([0, 1, 4, 5, 6, 7], [2, 3]) and positions(cache, 1) == ([0, 1], [2])
+    assert source.move_tokens_to_cold_cache(2) == 2  # the same ones
+
+    def rows(cache: MixedKVCache, cold: bool, seq: int = 0) -> dict[int, list[bytes]]:
+        tier = cache.cold if cold else cache.hot
+        kept = [get(layer).data[0] for layer in range(2) for get in (tier.get_k, tier.get_v)]
+        return {c.pos: [x[c.index].tobytes() for x in kept] for c in tier.cells() if seq in c.seq_ids}
+
+    assert rows(cache, True) == rows(source, True) and rows(cache, False) == rows(source, False)
+
+    # of 8 tokens of a state 2 are sinks, and so are 4 of the others: there is room, and when it has been used up there is none
+    cache = make(**options | {"cold_size": 4})
+    add(cache, 3, seq=1)
+    add(cache, 2, seq=2)
+    before = snapshot(cache)
+    with pytest.raises(CacheError, match="no room for the 8 hot and 0 cold tokens of the state: hot=5/8, cold=0/4"):
+        cache.state_read(state, 0)
+    assert snapshot(cache) == before
+    cache = make(**options)
+    add(cache, 3, seq=1)
+    add(cache, 3, seq=2)
+    others = [rows(cache, cold=False, seq=seq)[0] for seq in (1, 2)]
+    bad = bytearray(state)
+    bad[-20] ^= 1  # in the rows
+    with pytest.raises(CacheError, match="damaged"):
+        cache.state_read(bytes(bad), 0)
+    assert positions(cache, 0) == ([], [])
+    assert [rows(cache, cold=False, seq=seq)[0] for seq in (1, 2)] == others
+    cache.state_read(state, 0)
+    assert positions(cache, 0) == ([0, 1, 6, 7], [2, 3, 4, 5])
+
+
 #
 # contexts
 #
@@ -617,3 +658,39 @@ def test_states_of_other_contexts(
         with pytest.raises(ContextError, match="can not be loaded: (n_stream mismatch|failed to restore kv cache)"):
             plain.state_load(context.state_save(seq_id), seq_id)
     plain.decode([5])
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_a_context_that_fits_in_hot(unified: bool, make_context: Callable[..., Context]) -> None:
+    """It has no cold and takes what a plain cache does; its states go to larger ones and, with nothing cold, back."""
+    params = {"n_seq_max": 2, "kv_unified": unified, "kv_mixed": "1"}
+    small = make_context(n_ctx=512 if unified else 1024, **params)
+    stats = small.stats
+    assert stats.cold_size == stats.bytes_cold == 0
+    assert (stats.type_cold_k, stats.type_cold_v) == ("q4_0", "q4_0")
+    assert stats.bytes_total == stats.bytes_plain
+    cache = MixedKVCache.from_context(small)
+    assert (cache.cold.size, cache.cold.used, cache.cold.cells()) == (0, 0, [])
+    assert cache.cold.get_k(1).ne == (64, 2, 0, small.stats.n_stream)
+
+    small.decode(random_tokens(500), seq_id=1)
+    for token in random_tokens(12, 1):
+        small.decode([token], seq_id=1)
+    assert (small.stats.hot_used, small.stats.n_migrations) == (512, 0)
+    with pytest.raises(ContextFullError):
+        small.decode([5], seq_id=0 if unified else 1)
+
+    large = make_context(n_ctx=2048 if unified else 4096, **params)
+    for seq in (1, None):
+        state = small.state_save(seq)
+        large.state_load(state, seq)
+        assert large.stats.hot_used == 512 and large.memory.seq_pos_max(1) == 511
+        for s in (large.state_save(seq), state):
+            small.memory.clear()
+            small.state_load(s, seq)
+            assert small.state_save(seq) == state
+    large.decode([5], seq_id=1)
+    small.memory.clear()
+    large.decode(random_tokens(50), seq_id=1)
+    with pytest.raises(ContextError, match="cold tokens, cold_size=0 has no room for them"):
+        small.state_load(large.state_save(1), 1)

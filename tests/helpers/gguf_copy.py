@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 
@@ -16,7 +17,7 @@ def rewrite_gguf(
     arch: str | None = None,
     n_layer: int | None = None,
     drop: Sequence[str] = (),
-    extra: dict[str, float | int | bool] | None = None,
+    extra: dict[str, float | int | bool | list[int]] | None = None,
 ) -> Path:
     """Copy a GGUF file with all weights as F32, and return the path of the copy.
 
@@ -39,7 +40,12 @@ def rewrite_gguf(
         name = key.replace(f"{old}.", f"{arch}.", 1) if key.startswith(f"{old}.") else key
         writer.add_key_value(name, value, part.types[0], part.types[-1] if array else None)
     for key, value in (extra or {}).items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add: Any = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            list: writer.add_array,
+        }[type(value)]
         add(f"{arch}.{key}", value)
 
     for tensor in reader.tensors:

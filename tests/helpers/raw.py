@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import cffi
+import numpy as np
 
 from llamamix import Context
 from llamamix import _ffi as bindings
@@ -25,6 +26,8 @@ ffi.cdef(
     int32_t llama_encode(void * ctx, llama_batch batch);
     float * llama_get_logits(void * ctx);
     void    llama_set_causal_attn(void * ctx, bool causal);
+    void    llama_set_embeddings(void * ctx, bool embeddings);
+    float * llama_get_embeddings_seq(void * ctx, int32_t seq_id);
 
     size_t llama_state_get_size(void * ctx);
     size_t llama_state_get_data(void * ctx, uint8_t * dst, size_t size);
@@ -52,6 +55,29 @@ def pointer(context: Context) -> Iterator[Any]:
     """A context's llama_context, while it is held."""
     with context._handle as ctx:
         yield ffi.cast("void *", int(bindings.ffi.cast("uintptr_t", ctx)))
+
+
+def decode_sequences(context: Context, sequences: Sequence[np.ndarray], first: int = 0) -> int:
+    """One call of llama_decode() with all tokens as output, one sequence after the other."""
+    n = sum(map(len, sequences))
+    ids = [ffi.new("int32_t[1]", [seq]) for seq, part in enumerate(sequences) for _ in part]
+    keep = [
+        ffi.new("int32_t[]", np.concatenate(sequences).tolist()),
+        ffi.new("int32_t[]", [first + i for part in sequences for i in range(len(part))]),
+        ffi.new("int32_t[]", [1] * n),
+        ffi.new("int32_t *[]", ids),
+        ffi.new("int8_t[]", [1] * n),
+    ]
+    batch = ffi.new("llama_batch *", [n, keep[0], ffi.NULL, *keep[1:]])[0]
+    with pointer(context) as ctx:
+        return lib.llama_decode(ctx, batch)
+
+
+def pooled(context: Context, seq: int, n_embd: int = 128) -> np.ndarray:
+    """The embedding of a sequence, float32 [n_embd]."""
+    with pointer(context) as ctx:
+        out = lib.llama_get_embeddings_seq(ctx, seq)
+        return np.frombuffer(ffi.buffer(out, 4 * n_embd), np.float32).copy()
 
 
 def state_get(context: Context, seq_id: int | None = None, flags: int = 0) -> bytes:

@@ -7,6 +7,7 @@ the rows of a tier are compared elsewhere. It shares no code with the library.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +62,7 @@ class ReferenceCache:
         self.n_hot, self.n_cold = hot, cold
         self.n_sink = sink
         self.n_move_max = max(1, min(hot // 4, group))
+        self.n_pin_max = min(hot - 1, max(hot // 2, sink))
         self.most = float(np.float32(threshold)) * hot  # more use than this is over the threshold
         self.n_seq_max = n_seq_max
         self.streams = [Stream() for _ in range(1 if unified else n_seq_max)]
@@ -85,15 +87,29 @@ class ReferenceCache:
     def pos_min(self, seq: int) -> int:
         return min(self.positions(seq), default=-1)
 
-    def is_pinned(self, token: Token) -> bool:
-        return token.pos < self.n_sink
+    def pinned(self, tokens: Iterable[Token]) -> list[Token]:
+        """Those of hot tokens that are pinned: so many sinks of each sequence and of all, the first by position."""
+        res: list[Token] = []
+        count: Counter[int] = Counter()
+        sinks = (t for t in tokens if t.pos < self.n_sink)
+        for t in sorted(sinks, key=lambda t: (t.pos, sorted(t.seqs), t.cell)):
+            if len(res) < self.n_pin_max and count[min(t.seqs)] < self.n_sink:
+                count[min(t.seqs)] += 1
+                res.append(t)
+        return res
 
     def is_ordered(self, seq: int) -> bool:
-        """Everything cold is older than everything hot, but for sinks; and these are hot."""
+        """Everything cold is older than everything hot, but for sinks."""
         s = self.stream(seq)
         cold = [t.pos for t in s.cold if seq in t.seqs]
-        hot = [t.pos for t in s.hot if seq in t.seqs and not self.is_pinned(t)]
-        return not cold or (min(cold) >= self.n_sink and max(cold) <= min(hot, default=max(cold)))
+        hot = [t.pos for t in s.hot if seq in t.seqs and t.pos >= self.n_sink]
+        return not cold or max(cold) <= min(hot, default=max(cold))
+
+    def movable(self, s: Stream, in_flight: Iterable[Token] = ()) -> list[Token]:
+        """Hot tokens that may leave: not those whose rows are yet to be computed, and of the others no pinned one."""
+        settled = [t for t in s.hot if t not in in_flight]
+        pinned = self.pinned(settled)
+        return [t for t in settled if t not in pinned]
 
     #
     # tokens
@@ -111,7 +127,7 @@ class ReferenceCache:
         for share in shares:
             s = self.streams[share.stream]
             n_free = self.n_hot - len(s.hot)
-            n_movable = min(sum(not self.is_pinned(t) for t in s.hot), self.n_cold - len(s.cold))
+            n_movable = min(len(self.movable(s)), self.n_cold - len(s.cold))
             if len(share.tokens) > n_free + n_movable:
                 self.n_refused += 1
                 return False
@@ -153,7 +169,7 @@ class ReferenceCache:
         def age(t: Token) -> int:
             return max(newest[seq] - t.pos for seq in t.seqs)
 
-        left = [t for t in s.hot if not self.is_pinned(t) and t not in in_flight]
+        left = self.movable(s, in_flight)
         n = min(n, self.n_move_max, len(left), self.n_cold - len(s.cold))
         if n == 0:
             return 0
@@ -246,10 +262,22 @@ class ReferenceCache:
         s = self.stream(seq)
         hot = [t for part in state for t in part.hot]
         cold = [t for part in state for t in part.cold]
-        if not self._make_room(s, len(hot)) or len(cold) > self.n_cold - len(s.cold):
-            self.streams, self.n_migrations, self.n_tokens_moved = before
-            raise NoRoom
         for t in hot + cold:
             t.seqs = {seq}
-        s.hot += hot
-        s.cold += cold
+
+        # what others and their sinks leave no room for in hot goes to cold: the oldest, sinks last of all
+        n_free = self.n_cold - len(s.cold) - len(cold)
+        n_movable = len(self.movable(s))
+        n_over = max(0, len(hot) - (self.n_hot - len(s.hot) + min(n_movable, n_free)))
+        if n_free < 0 or (n_over > 0 and n_over + n_movable > n_free):
+            self.streams, self.n_migrations, self.n_tokens_moved = before
+            raise NoRoom
+        while self.n_hot - len(s.hot) < len(hot) - n_over:
+            n = min(self.n_move_max, self.n_cold - len(s.cold) - len(cold) - n_over)
+            assert self._migrate(s, n, []) > 0
+        pinned = self.pinned(hot)
+        pinned.sort(key=lambda t: (t.pos, t.cell), reverse=True)
+        others = sorted((t for t in hot if t not in pinned), key=lambda t: (t.pos, t.cell))
+        over = (others + pinned)[:n_over]
+        s.hot += [t for t in hot if t not in over]
+        s.cold += cold + over

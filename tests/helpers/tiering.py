@@ -7,6 +7,7 @@ It knows positions, sequences and sizes, and no data, and shares no code with th
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -86,8 +87,18 @@ class Tiering:
     def _stream(self, seq: int) -> Stream:
         return self.streams[seq if len(self.streams) > 1 else 0]
 
-    def _is_pinned(self, token: Token) -> bool:
-        return token.pos < self.sink
+    def _movable(self, s: Stream, in_flight: Sequence[Token] = ()) -> list[Token]:
+        """Hot tokens but those in flight and the pinned sinks: so many of a sequence, no more than half of hot in all."""
+        settled = _without(s.hot, in_flight)
+        n_pin_max = min(self.n_hot - 1, max(self.n_hot // 2, self.sink))
+        pinned: list[Token] = []
+        count: Counter[int] = Counter()
+        sinks = (t for t in settled if t.pos < self.sink)
+        for t in sorted(sinks, key=lambda t: (t.pos, sorted(t.seqs), t.index)):
+            if len(pinned) < n_pin_max and count[min(t.seqs)] < self.sink:
+                count[min(t.seqs)] += 1
+                pinned.append(t)
+        return _without(settled, pinned)
 
     #
     # decode
@@ -101,8 +112,9 @@ class Tiering:
         ubatches = []
         try:
             while left:
-                streams = {id(self._stream(min(t.seqs))): self._stream(min(t.seqs)) for t in left}.values()
-                n_max = min(n_ubatch, *(self._room(s) for s in streams))
+                n_left = Counter(self.streams.index(self._stream(min(t.seqs))) for t in left)
+                rooms = {i: self._room(self.streams[i]) for i in n_left}
+                n_max = min([n_ubatch, *(rooms[i] for i, n in n_left.items() if n > rooms[i])])
                 if n_max == 0:
                     raise Full
                 ubatch = left[:n_max] if len(self.streams) == 1 else _split_equal(left, n_max)
@@ -117,8 +129,7 @@ class Tiering:
         return ubatches
 
     def _room(self, s: Stream) -> int:
-        n_pinned = sum(map(self._is_pinned, s.hot))
-        return self.n_hot - len(s.hot) + min(len(s.hot) - n_pinned, self.n_cold - len(s.cold))
+        return self.n_hot - len(s.hot) + min(len(self._movable(s)), self.n_cold - len(s.cold))
 
     def _place(self, ubatch: list[Token]) -> None:
         shares: dict[int, list[Token]] = {}
@@ -146,7 +157,7 @@ class Tiering:
                 self.views.append(View(t.index, t.pos, hot, cold))
 
     def _migrate(self, s: Stream, in_flight: list[Token]) -> int:
-        candidates = [t for t in _without(s.hot, in_flight) if not self._is_pinned(t)]
+        candidates = self._movable(s, in_flight)
         n = min(self.n_move_max, len(candidates), self.n_cold - len(s.cold))
         if n == 0:
             return 0
@@ -209,6 +220,11 @@ class Tiering:
                     t.seqs.clear()
         self._drop_unowned()
 
+    def div(self, seq: int, p0: int, p1: int, d: int) -> None:
+        for t in self._stream(seq).tokens:
+            if seq in t.seqs and _within(t.pos, p0, p1):
+                t.pos //= d
+
     def _drop_unowned(self) -> None:
         for s in self.streams:
             s.hot, s.cold = ([t for t in tier if t.seqs] for tier in (s.hot, s.cold))
@@ -218,7 +234,7 @@ def _within(pos: int, p0: int, p1: int) -> bool:
     return p0 <= pos and (p1 < 0 or pos < p1)
 
 
-def _without(tokens: list[Token], others: list[Token]) -> list[Token]:
+def _without(tokens: list[Token], others: Sequence[Token]) -> list[Token]:
     gone = {t.index for t in others}
     return [t for t in tokens if t.index not in gone]
 

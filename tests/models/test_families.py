@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import raw
 from helpers.allowances import STEP, rms
 from helpers.families import WRITE
 
@@ -525,3 +526,41 @@ def test_gemma3(gemma3: Model, botchan_path: Path) -> None:
     # K and V of 3 layers with one head of 256: F16 and Q4_0
     assert stats.bytes_hot == 3 * 2 * 512 * 512 and stats.bytes_cold == 3 * 2 * (1024 - 512) * 144
     assert stats.bytes_rest == 15 * 2 * 1024 * 512  # a window of 512 and a ubatch of 512, F16
+
+
+#
+# pooled embeddings
+#
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("family", ["iswa", "hybrid"])
+def test_pooled_embeddings(family: str, pooling: str, make: Callable[..., Context]) -> None:
+    """Hot grows to a ubatch: 600 tokens are pooled as a whole, beside windows and recurrent layers too."""
+
+    def embed(kv_mixed: Any) -> np.ndarray:
+        context = make(family, kv_mixed, n_ubatch=600, embeddings=True, pooling=pooling)
+        if kv_mixed is None:
+            assert (context.stats.hot_size, context.stats.cold_size) == (768, N_CTX - 768)
+        context.decode(TOKENS[:600])
+        return context.embeddings_seq(0)
+
+    expected = embed(False)
+    # two kernels for the same values, in F32: the order of sums, which moves logits of twice the size by less than 4e-4
+    np.testing.assert_allclose(embed(None), expected, rtol=0, atol=4e-4)
+    assert np.abs(expected).max() > 0.05  # of what is pooled over the last tokens alone the difference is as large
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_pooled_embeddings_of_sequences_beside_windows(unified: bool, make: Callable[..., Context]) -> None:
+    """Of different length, and together longer than a ubatch: one ubatch for each of them."""
+    lengths = [150, 40, 256, 99]
+    parts = [TOKENS[300 * i :][:n] for i, n in enumerate(lengths)]
+    params = {"embeddings": True, "pooling": "mean", "n_seq_max": 4, "kv_unified": unified, "n_ubatch": 256}
+    context = make("iswa", n_ctx=N_CTX * (1 if unified else 4), **params)
+    assert raw.decode_sequences(context, parts) == 0
+    plain = make("iswa", False, embeddings=True, pooling="mean")
+    for seq, tokens in enumerate(parts):
+        plain.memory.clear()
+        plain.decode(tokens)
+        np.testing.assert_allclose(raw.pooled(context, seq), plain.embeddings_seq(0), rtol=0, atol=4e-4)

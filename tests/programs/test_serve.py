@@ -261,5 +261,5 @@ def test_what_llama_server_says_when_it_can_not(llama_server: Path, tiny_model_p
     assert_error(run(llama_server, *flags, "--port", 0, "--", "--no-such"), 1, "invalid argument: --no-such")
     (tmp_path / "text.gguf").write_text("This is not a model.")
     assert_error(run(llama_server, "-m", tmp_path / "text.gguf", "--port", 0), 1, "llama-server ended at its start")
-    result = run(llama_server, *flags, "--port", 0, "-c", 4608, "-np", 9, "--kv-mixed", "hot=64,sink=8", "--", "-kvu")
-    assert_error(result, 1, "sink=8 for each of 9 sequences leaves no room in hot=64")
+    result = run(llama_server, *flags, "--port", 0, "-c", 4608, "--kv-mixed", "hot=64,cold_size=100")
+    assert_error(result, 1, "hot=64 and cold_size=100 hold fewer tokens than the context of 4608")

@@ -302,6 +302,23 @@ def test_save_and_restore(serve: Callable[..., Running], tiny_model: Model, tmp_
     assert running.errors() == []
 
 
+def test_a_full_hot_is_restored_beside_another_slot(
+    serve: Callable[..., Running], tiny_model: Model, tmp_path: Path
+) -> None:
+    """A prompt that fills hot, and one token: the sinks of the other slot are where some of it was."""
+    prompt = find_case(tiny_model, 63, 1).prompt
+    running = serve("--slot-save-path", f"{tmp_path}", "-kvu", "--no-cache-idle-slots", n_slots=2)
+    running.text(prompt, 1, id_slot=0)
+    assert running.call("/slots/0?action=save", filename="slot.bin")[0] == 200
+    running.text(find_case(tiny_model, 250, 1).prompt, 5, id_slot=1)
+    running.text([*reversed(prompt)], 5, id_slot=0)
+    status, restored = running.call("/slots/0?action=restore", filename="slot.bin")
+    assert (status, restored["n_restored"]) == (200, 63)
+    answer = running.complete([*prompt, 9], 1, extra={"id_slot": 0})
+    assert answer.usage.prompt_tokens_details.cached_tokens == 63
+    assert running.errors() == []
+
+
 def test_a_slot_of_another_cache_is_refused(
     serve: Callable[..., Running], tiny_model: Model, tmp_path: Path
 ) -> None:

@@ -14,9 +14,9 @@ struct llama_kv_mixed_params {
     size_t struct_size;
 
     uint32_t n_hot;     // hot cells per stream
-    uint32_t n_cold;    // cold cells per stream, 0: what the context needs beyond n_hot, and room for one migration
+    uint32_t n_cold;    // cold cells per stream, 0: what the context needs beyond n_hot, none when it fits there
     uint32_t n_group;   // most tokens that one migration moves (never more than a quarter of n_hot)
-    uint32_t n_sink;    // positions [0, n_sink) of every sequence stay hot
+    uint32_t n_sink;    // positions [0, n_sink) of every sequence stay hot, of all sequences up to half of n_hot
 
     float threshold;    // migrate when hot use passes this share of n_hot, (0, 1]
 

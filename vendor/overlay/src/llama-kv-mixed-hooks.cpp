@@ -5,11 +5,19 @@
 #include "cache/params.h"
 #include "graph/providers.h"
 
+#include "llama-cparams.h"
 #include "llama-graph.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <stdexcept>
+
+// of the context that is being created on this thread: the tokens that must have room in hot at once, and why; null: none
+static thread_local struct {
+    const char * reason = nullptr;
+    uint32_t     n      = 0;
+} whole;
 
 // why a model's memory can not be mixed, null when it can
 static const char * unsupported_reason(const llama_model & model, const llama_memory_params & params) {
@@ -86,6 +94,25 @@ void llama_kv_mixed_check_model(const llama_model & model, const llama_memory_pa
     if (!cparams.causal_attn) {
         fail("no mixed KV cache without causal attention: its batches can not be split to fit in hot");
     }
+
+    whole = { llama_kv_mixed_whole_reason(cparams, model.hparams), cparams.n_ubatch };
+}
+
+// hot grows where a ubatch can not be split
+static void grow_hot(llama_kv_mixed_params & params, uint32_t n_ctx_seq, uint32_t n_seq_stream) {
+    if (!whole.reason || params.n_hot >= n_ctx_seq) {
+        return;
+    }
+
+    // beside the sinks that other sequences may have; these are no more than half of hot, or the sinks of one sequence
+    const uint64_t n_sinks = std::min<uint64_t>((uint64_t) params.n_sink*n_seq_stream, std::max(whole.n, params.n_sink));
+    const uint32_t n_hot   = std::min<uint64_t>(n_ctx_seq, GGML_PAD(whole.n + n_sinks, 256));
+
+    if (params.n_hot < n_hot) {
+        LLAMA_LOG_INFO("%s: hot=%u grows to %u cells: a batch %s has to fit in it as a whole, and n_ubatch is %u\n",
+            __func__, params.n_hot, n_hot, whole.reason, whole.n);
+        params.n_hot = n_hot;
+    }
 }
 
 llama_memory_i * llama_kv_mixed_check_memory(llama_memory_i * mem) {
@@ -115,7 +142,7 @@ llama_kv_cache * llama_kv_mixed_new_cache(
         const llama_memory_i::layer_filter_cb & filter,
         const  llama_memory_i::layer_reuse_cb & reuse,
         const  llama_memory_i::layer_share_cb & share) {
-    const auto params = requested_or_fail();
+    auto params = requested_or_fail();
     if (!params) {
         return new llama_kv_cache(
                 model, hparams, type_k, type_v, v_trans, offload, unified, kv_size, n_seq_max, n_pad,
@@ -125,6 +152,8 @@ llama_kv_cache * llama_kv_mixed_new_cache(
     GGML_ASSERT(swa_type == LLAMA_SWA_TYPE_NONE && !mem_other);
 
     try {
+        grow_hot(*params, kv_size, unified ? n_seq_max : 1);
+
         auto res = std::make_unique<llama_kv_cache_mixed>(
                 model, hparams, type_k, type_v, *params, offload, unified, kv_size, n_seq_max, n_pad, filter, reuse);
         llama_kv_mixed_check_attn(model.hparams, *res);
@@ -145,13 +174,34 @@ llama_kv_cache_context * llama_kv_mixed_new_context(
     return new llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches));
 }
 
+llama_ubatch llama_kv_mixed_split_simple(
+                             llama_kv_cache & kv,
+                         llama_batch_allocr & balloc,
+            const std::vector<llama_ubatch> & ubatches,
+                                   uint32_t   n_ubatch) {
+    auto * mixed = dynamic_cast<llama_kv_cache_mixed *>(&kv);
+
+    return mixed ? mixed->split_simple(balloc, ubatches, n_ubatch) : balloc.split_simple(n_ubatch);
+}
+
+llama_ubatch llama_kv_mixed_split_equal(
+                             llama_kv_cache & kv,
+                         llama_batch_allocr & balloc,
+            const std::vector<llama_ubatch> & ubatches,
+                                   uint32_t   n_ubatch,
+                                       bool   sequential) {
+    auto * mixed = dynamic_cast<llama_kv_cache_mixed *>(&kv);
+
+    return mixed ? mixed->split_equal(balloc, ubatches, n_ubatch, sequential) : balloc.split_equal(n_ubatch, sequential, 0);
+}
+
 uint32_t llama_kv_mixed_n_ubatch(
-                       const llama_kv_cache & kv,
+                             llama_kv_cache & kv,
                    const llama_batch_allocr & balloc,
             const std::vector<llama_ubatch> & ubatches,
                                    uint32_t   n_ubatch,
                                    uint32_t   n_tail) {
-    const auto * mixed = dynamic_cast<const llama_kv_cache_mixed *>(&kv);
+    auto * mixed = dynamic_cast<llama_kv_cache_mixed *>(&kv);
 
     return mixed ? mixed->get_n_ubatch(balloc, ubatches, n_ubatch, n_tail) : n_ubatch;
 }

@@ -44,13 +44,27 @@ llama_kv_cache_context * llama_kv_mixed_new_context(
             llama_kv_cache::slot_info_vec_t   sinfos,
                   std::vector<llama_ubatch>   ubatches);
 
+// split_simple() and split_equal() of a batch of which the ubatches were split off before, see llama_kv_cache_mixed::split_simple()
+llama_ubatch llama_kv_mixed_split_simple(
+                             llama_kv_cache & kv,
+                         llama_batch_allocr & balloc,
+            const std::vector<llama_ubatch> & ubatches,
+                                   uint32_t   n_ubatch);
+
+llama_ubatch llama_kv_mixed_split_equal(
+                             llama_kv_cache & kv,
+                         llama_batch_allocr & balloc,
+            const std::vector<llama_ubatch> & ubatches,
+                                   uint32_t   n_ubatch,
+                                       bool   sequential);
+
 // the most tokens that the next ubatch may have, see llama_kv_cache_mixed::get_n_ubatch(); n_ubatch for other caches
 uint32_t llama_kv_mixed_n_ubatch(
-                       const llama_kv_cache & kv,
+                             llama_kv_cache & kv,
                    const llama_batch_allocr & balloc,
             const std::vector<llama_ubatch> & ubatches,
                                    uint32_t   n_ubatch,
-                                   uint32_t   n_tail = 0);
+                                   uint32_t   n_tail);
 
 // the tokens that a stream holds: all cells of another cache
 uint32_t llama_kv_mixed_n_ctx_seq(const llama_kv_cache & kv);

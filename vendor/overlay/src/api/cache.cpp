@@ -203,18 +203,26 @@ LLAMA_API int32_t llama_kv_mixed_cache_get_tier(const llama_kv_mixed_cache * cac
         check_size(info);
 
         const auto & kv = cache->tier(tier);
-        const uint32_t il = kv.get_layer_ids().at(0);
+
+        // a tier without cells has no layers
+        const auto ids = cache->hot->get_layer_ids();
+        const uint32_t il = ids.at(0);
+
+        const bool is_cold = tier == LLAMA_KV_MIXED_COLD;
+
+        const ggml_type type_k = is_cold ? (ggml_type) cache->mixed->get_params().type_cold_k : kv.type_k();
+        const ggml_type type_v = is_cold ? (ggml_type) cache->mixed->get_params().type_cold_v : kv.type_v();
 
         info->n_stream      = kv.get_n_stream();
         info->size          = kv.get_size();
-        info->n_layer       = kv.get_layer_ids().size();
-        info->type_k        = kv.type_k();
-        info->type_v        = kv.type_v();
+        info->n_layer       = ids.size();
+        info->type_k        = type_k;
+        info->type_v        = type_v;
         info->n_embd_head_k = cache->hparams->n_embd_head_k(il);
         info->n_embd_head_v = cache->hparams->n_embd_head_v(il);
         info->n_head_kv     = cache->hparams->n_head_kv(il);
-        info->row_size_k    = ggml_row_size(kv.type_k(), cache->hparams->n_embd_k_gqa(il));
-        info->row_size_v    = ggml_row_size(kv.type_v(), cache->hparams->n_embd_v_gqa(il));
+        info->row_size_k    = ggml_row_size(type_k, cache->hparams->n_embd_k_gqa(il));
+        info->row_size_v    = ggml_row_size(type_v, cache->hparams->n_embd_v_gqa(il));
 
         return 0;
     });
@@ -265,7 +273,7 @@ static void synchronize(const llama_kv_mixed_cache * cache) {
 
 // a layer's K or V of one stream, and the bytes [offset, offset + size) of the rows asked for
 struct rows {
-    ggml_tensor * t;
+    ggml_tensor * t; // null: none were asked for
 
     size_t offset;
     size_t size;
@@ -274,11 +282,15 @@ struct rows {
 static rows get_rows(const llama_kv_mixed_cache * cache, int32_t tier, uint32_t il, int32_t v, uint32_t strm, uint32_t cell, uint32_t n) {
     const auto & kv = cache->tier(tier);
 
-    const auto ids = kv.get_layer_ids();
+    const auto ids = cache->hot->get_layer_ids();
 
     check(std::find(ids.begin(), ids.end(), il) != ids.end(), "there is no such layer");
     check(strm < kv.get_n_stream(), "there is no such stream");
     check((uint64_t) cell + n <= kv.get_size(), "there are no such cells");
+
+    if (n == 0) {
+        return {};
+    }
 
     synchronize(cache);
 
@@ -291,7 +303,9 @@ LLAMA_API int32_t llama_kv_mixed_cache_get_rows(
         const llama_kv_mixed_cache * cache, int32_t tier, uint32_t il, int32_t v, uint32_t strm, uint32_t cell, uint32_t n, void * dst) {
     return guarded(-1, [&] {
         const rows r = get_rows(cache, tier, il, v, strm, cell, n);
-        ggml_backend_tensor_get(r.t, dst, r.offset, r.size);
+        if (r.t) {
+            ggml_backend_tensor_get(r.t, dst, r.offset, r.size);
+        }
         return 0;
     });
 }
@@ -300,7 +314,9 @@ LLAMA_API int32_t llama_kv_mixed_cache_set_rows(
         llama_kv_mixed_cache * cache, int32_t tier, uint32_t il, int32_t v, uint32_t strm, uint32_t cell, uint32_t n, const void * src) {
     return guarded(-1, [&] {
         const rows r = get_rows(cache, tier, il, v, strm, cell, n);
-        ggml_backend_tensor_set(r.t, src, r.offset, r.size);
+        if (r.t) {
+            ggml_backend_tensor_set(r.t, src, r.offset, r.size);
+        }
         return 0;
     });
 }

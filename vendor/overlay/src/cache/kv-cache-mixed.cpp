@@ -19,23 +19,15 @@
 //
 
 // the cells of the two caches, after what the context asks for has been taken into account
-static llama_kv_mixed_params resolve_params(llama_kv_mixed_params params, uint32_t n_ctx_seq, uint32_t n_seq_stream, uint32_t n_pad) {
+static llama_kv_mixed_params resolve_params(llama_kv_mixed_params params, uint32_t n_ctx_seq, uint32_t n_pad) {
     llama_kv_mixed_validate(params);
 
     // more hot cells than the context has tokens would never be used
     params.n_hot = std::min(params.n_hot, n_ctx_seq);
 
-    if ((uint64_t) params.n_sink*n_seq_stream >= params.n_hot) {
-        throw std::runtime_error(format("sink=%u for each of %u sequences leaves no room in hot=%u",
-            params.n_sink, n_seq_stream, params.n_hot));
-    }
-
-    const llama_kv_mixed_policy policy = { params.n_hot, params.n_group, params.n_sink, params.threshold };
-
+    // none where all fits in hot: there is nothing to quantise
     if (params.n_cold == 0) {
-        const uint32_t n_cold = std::max(n_ctx_seq - params.n_hot, policy.n_move_max());
-
-        params.n_cold = (n_cold + n_pad - 1)/n_pad*n_pad;
+        params.n_cold = (n_ctx_seq - params.n_hot + n_pad - 1)/n_pad*n_pad;
     }
 
     if (params.n_hot % n_pad != 0) {
@@ -97,10 +89,9 @@ llama_kv_cache_mixed::setup llama_kv_cache_mixed::make_setup(
                       ggml_type   type_v,
     const llama_kv_mixed_params & params_req,
                        uint32_t   n_ctx_seq,
-                       uint32_t   n_seq_stream,
                        uint32_t   n_pad,
           const layer_filter_cb & filter) {
-    const auto params = resolve_params(params_req, n_ctx_seq, n_seq_stream, n_pad);
+    const auto params = resolve_params(params_req, n_ctx_seq, n_pad);
 
     for (const ggml_type type : { type_k, type_v }) {
         if (type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && type != GGML_TYPE_F32) {
@@ -157,7 +148,7 @@ llama_kv_cache_mixed::llama_kv_cache_mixed(
                      bool   rotate) :
     llama_kv_cache_mixed(
             model, hparams, type_k, type_v,
-            make_setup(hparams, type_k, type_v, params, n_ctx_seq, unified ? n_seq_max : 1, n_pad, filter),
+            make_setup(hparams, type_k, type_v, params, n_ctx_seq, n_pad, filter),
             offload, unified, n_ctx_seq, n_seq_max, n_pad, filter, reuse, rotate) {
 }
 
@@ -186,12 +177,19 @@ llama_kv_cache_mixed::llama_kv_cache_mixed(
     const ggml_type type_cold_k = (ggml_type) params.type_cold_k;
     const ggml_type type_cold_v = (ggml_type) params.type_cold_v;
 
-    LLAMA_LOG_INFO("%s: creating cold KV cache (%s), size = %u cells\n", __func__,
-            ggml_is_quantized(type_cold_k) ? "quantized" : type_label(type_cold_k, type_cold_v).c_str(), params.n_cold);
+    if (has_cold()) {
+        LLAMA_LOG_INFO("%s: creating cold KV cache (%s), size = %u cells\n", __func__,
+                ggml_is_quantized(type_cold_k) ? "quantized" : type_label(type_cold_k, type_cold_v).c_str(), params.n_cold);
+    } else {
+        LLAMA_LOG_INFO("%s: no cold KV cache: the %u tokens of the context fit in hot\n", __func__, n_ctx_seq);
+    }
+
+    // (memory of no size can not be allocated: without cells there are no layers either)
+    const layer_filter_cb filter_none = [](int32_t) { return false; };
 
     kv_cold = std::make_unique<llama_kv_cache>(
             model, hparams, type_cold_k, type_cold_v, /*v_trans*/ false, offload, unified, params.n_cold, n_seq_max, n_pad,
-            0, LLAMA_SWA_TYPE_NONE, nullptr, filter, reuse, nullptr, "cold_");
+            0, LLAMA_SWA_TYPE_NONE, nullptr, has_cold() ? filter : filter_none, reuse, nullptr, "cold_");
 
     if (!rotate) {
         kv_cold->attn_rot_k = false;
@@ -213,22 +211,22 @@ llama_kv_cache_mixed::llama_kv_cache_mixed(
         return n_rot > 0 ? kv_cold->attn_rot_hadamard.at(n_rot).data() : nullptr;
     };
 
-    std::vector<llama_kv_mixed_mover::pair> pairs;
-
-    for (size_t i = 0; i < kv_hot->layers.size(); ++i) {
-        const auto & hot  = kv_hot ->layers[i];
-        const auto & cold = kv_cold->layers[i];
-
-        pairs.push_back({ hot.k, cold.k, n_rot_k, get_rot(n_rot_k) });
-        pairs.push_back({ hot.v, cold.v, n_rot_v, get_rot(n_rot_v) });
-
+    for (const auto & hot : kv_hot->layers) {
         for (const ggml_tensor * t : { hot.k, hot.v }) {
             bytes_plain += (uint64_t) ggml_row_size(t->type, t->ne[0])*n_ctx_seq*t->ne[2];
         }
     }
 
+    for (size_t i = 0; i < kv_cold->layers.size(); ++i) {
+        const auto & hot  = kv_hot ->layers[i];
+        const auto & cold = kv_cold->layers[i];
+
+        pairs.push_back({ hot.k, cold.k, n_rot_k, get_rot(n_rot_k) });
+        pairs.push_back({ hot.v, cold.v, n_rot_v, get_rot(n_rot_v) });
+    }
+
     // without allocated tensors there is nothing to move (the model is only being measured)
-    if (!hparams.no_alloc) {
+    if (has_cold() && !hparams.no_alloc) {
         mover = std::make_unique<llama_kv_mixed_mover>(pairs, policy.n_move_max());
     }
 
@@ -247,6 +245,10 @@ llama_kv_cache * llama_kv_cache_mixed::get_hot() const {
 
 llama_kv_cache * llama_kv_cache_mixed::get_cold() const {
     return kv_cold.get();
+}
+
+bool llama_kv_cache_mixed::has_cold() const {
+    return params.n_cold > 0;
 }
 
 ggml_tensor * llama_kv_cache_mixed::get_v_storage(const llama_kv_cache & kv, int32_t il) {
@@ -286,8 +288,8 @@ llama_kv_mixed_stats llama_kv_cache_mixed::get_stats() const {
 
     res.type_hot_k  = kv_hot ->type_k();
     res.type_hot_v  = kv_hot ->type_v();
-    res.type_cold_k = kv_cold->type_k();
-    res.type_cold_v = kv_cold->type_v();
+    res.type_cold_k = params.type_cold_k;
+    res.type_cold_v = params.type_cold_v;
 
     res.bytes_hot   = kv_hot ->total_size();
     res.bytes_cold  = kv_cold->total_size();
@@ -361,9 +363,7 @@ llama_memory_context_ptr llama_kv_cache_mixed::init_batch(llama_batch_allocr & b
 
     std::vector<llama_ubatch> ubatches;
     while (true) {
-        const uint32_t n = get_n_ubatch(balloc, ubatches, n_ubatch, 0);
-
-        auto ubatch = n_stream == 1 ? balloc.split_simple(n) : balloc.split_equal(n, true, 0);
+        auto ubatch = n_stream == 1 ? split_simple(balloc, ubatches, n_ubatch) : split_equal(balloc, ubatches, n_ubatch, true);
 
         if (ubatch.n_tokens == 0) {
             break;

@@ -6,10 +6,13 @@
 
 #include "cache/mover.h"
 #include "cache/policy.h"
+#include "cache/splitter.h"
 #include "cache/trace.h"
 
 #include <map>
 #include <memory>
+#include <optional>
+#include <string>
 #include <vector>
 
 //
@@ -22,7 +25,8 @@
 //   for sliding windows, beside a recurrent state), this takes its place, and new rows are stored as they always were
 // - new tokens always go to hot; a migration moves the oldest of them to cold, data first, then metadata
 // - every (sequence, position) is in exactly one of the two
-// - within a sequence everything in cold is older than everything in hot, except the pinned sinks
+// - within a sequence everything in cold is older than everything in hot, except the sinks
+// - where the whole context fits in hot there is no cold, and all is as in a plain cache
 //
 // rows that are quantised are rotated before that, as upstream does it; those in hot are not: short texts are computed as
 // in a plain cache, and the attention over both rotates what meets cold rows
@@ -99,7 +103,10 @@ public:
     //
 
     llama_kv_cache * get_hot () const;
-    llama_kv_cache * get_cold() const;
+    llama_kv_cache * get_cold() const; // without cells and layers where everything fits in hot
+
+    // false: the whole context fits in hot
+    bool has_cold() const;
 
     // all cells of a layer's V, as llama_kv_cache::get_k_storage() has those of K
     static ggml_tensor * get_v_storage(const llama_kv_cache & kv, int32_t il);
@@ -109,10 +116,17 @@ public:
     // the tokens that one stream was asked to hold
     uint32_t get_n_ctx_seq() const;
 
-    // the most tokens that the next ubatch of a batch may have, after the given ones; n_ubatch when nothing limits it, or
+    // The most tokens that the next ubatch of a batch may have, after the given ones; n_ubatch when nothing limits it, or
     // when what is left of the batch does not fit anyway. The last n_tail tokens of a sequence are not split, which takes a
     // ubatch of more tokens than that.
-    uint32_t get_n_ubatch(const llama_batch_allocr & balloc, const std::vector<llama_ubatch> & ubatches, uint32_t n_ubatch, uint32_t n_tail) const;
+    // A batch is followed from ubatch to ubatch: each call has those of the call before and what was split off since, and
+    // one without any begins anew.
+    uint32_t get_n_ubatch(const llama_batch_allocr & balloc, const std::vector<llama_ubatch> & ubatches, uint32_t n_ubatch, uint32_t n_tail);
+
+    // The next ubatch of a batch, as llama_batch_allocr makes it, but no larger than hot has room for. Where sequences must
+    // stay whole it is all that is left, or one sequence.
+    llama_ubatch split_simple(llama_batch_allocr & balloc, const std::vector<llama_ubatch> & ubatches, uint32_t n_ubatch);
+    llama_ubatch split_equal (llama_batch_allocr & balloc, const std::vector<llama_ubatch> & ubatches, uint32_t n_ubatch, bool sequential);
 
     // a head's rows in cold are rotated in blocks of so many values, 0: they are not
     int64_t get_n_rot_k() const;
@@ -165,7 +179,6 @@ private:
                           ggml_type   type_v,
         const llama_kv_mixed_params & params,
                            uint32_t   n_ctx_seq,
-                           uint32_t   n_seq_stream,
                            uint32_t   n_pad,
               const layer_filter_cb & filter);
 
@@ -197,6 +210,9 @@ private:
 
     std::unique_ptr<llama_kv_cache> kv_cold;
 
+    // hot and cold tensors, K and V of all layers
+    std::vector<llama_kv_mixed_mover::pair> pairs;
+
     std::unique_ptr<llama_kv_mixed_mover> mover;
 
     std::unique_ptr<llama_kv_mixed_trace> trace;
@@ -216,19 +232,25 @@ private:
     // null when the cache is driven without one
     llama_context * lctx = nullptr;
 
-    llama_kv_mixed_plan get_plan(uint32_t strm) const;
+    // as it is, or as if one sequence were gone
+    llama_kv_mixed_plan get_plan(uint32_t strm, llama_seq_id without = -1) const;
 
     // the plans of all streams
     std::vector<llama_kv_mixed_plan> get_plans() const;
 
-    // the ubatch's share in each of its streams
-    struct share {
-        uint32_t strm;
-        uint32_t n;
-        uint32_t n_pinned;
-    };
+    // of the batch that is being split
+    std::optional<llama_kv_mixed_splitter> splitter;
 
-    std::vector<share> get_shares(const llama_ubatch & ubatch) const;
+    const llama_kv_mixed_splitter & follow(const llama_batch_allocr & balloc, const std::vector<llama_ubatch> & ubatches);
+
+    // see llama_kv_mixed_whole_reason()
+    const char * get_whole_reason() const;
+
+    // why the ubatches can not be decoded, "": they can
+    std::string get_misfit(const std::vector<llama_ubatch> & ubatches) const;
+
+    // the ubatch's tokens in each of its streams
+    std::vector<llama_kv_mixed_share> get_shares(const llama_ubatch & ubatch) const;
 
     // free cells in cold, lowest index first, so that the part in use stays compact
     std::vector<uint32_t> get_free_cold(uint32_t strm, uint32_t n) const;
@@ -237,6 +259,9 @@ private:
     bool make_room(uint32_t strm, uint32_t n);
 
     std::string describe_use() const;
+
+    // for migrations
+    int get_n_threads() const;
 
     // puts a token into an empty cell, with a shift that is still pending
     static void set_cell(
@@ -255,9 +280,13 @@ private:
     struct state_stream;
     struct state_tier;
 
-    // remove a sequence, and make room for the cells that a state has of it
-    // throws when there is none, and nothing changed
-    void state_make_room(llama_seq_id seq_id, uint32_t n_hot, uint32_t n_cold);
+    // Remove a sequence, and make room for the cells that a state has of it. The others make way, but for their sinks: where
+    // these are in the way, the oldest of the state's hot cells have to go to cold.
+    // Returns the indices of these, ascending. Throws when there is no room, and nothing changed.
+    std::vector<uint32_t> state_make_room(llama_seq_id seq_id, const std::vector<state_cell> & hot, uint32_t n_cold, bool on_device);
+
+    // the n of a sequence's cells that leave hot first
+    std::vector<uint32_t> state_oldest(llama_seq_id seq_id, const std::vector<state_cell> & cells, uint32_t n) const;
 
     // put cells in place, those of hot and of cold, and read their rows
     template <typename R>

@@ -8,15 +8,38 @@
 #include <algorithm>
 #include <thread>
 
-llama_kv_mixed_plan llama_kv_cache_mixed::get_plan(uint32_t strm) const {
+// the lowest sequence of a cell, -1: it has none but the one left out
+static llama_seq_id lowest_seq(const llama_kv_cells & cells, uint32_t i, llama_seq_id without) {
+    for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+        if (s != without && cells.seq_has(i, s)) {
+            return s;
+        }
+    }
+
+    return -1;
+}
+
+llama_kv_mixed_plan llama_kv_cache_mixed::get_plan(uint32_t strm, llama_seq_id without) const {
     const auto & hot  = kv_hot ->v_cells[strm];
     const auto & cold = kv_cold->v_cells[strm];
 
-    llama_kv_mixed_plan res = { hot.get_used(), 0, cold.get_used(), cold.size() };
+    llama_kv_mixed_plan res = { hot.get_used(), cold.get_used(), cold.size(), {} };
 
     for (uint32_t i = 0; i < hot.size(); ++i) {
-        if (!hot.is_empty(i) && policy.is_pinned(hot.pos_get(i))) {
-            res.hot_pinned++;
+        if (!hot.is_empty(i) && policy.is_sink(hot.pos_get(i))) {
+            const llama_seq_id s = lowest_seq(hot, i, without);
+            if (s != -1) {
+                res.n_sinks[s]++;
+            }
+        }
+    }
+
+    if (without != -1) {
+        for (const auto & [pos, i] : hot.seq_pos_get(without)) {
+            res.hot_used -= hot.seq_count(i) == 1;
+        }
+        for (const auto & [pos, i] : cold.seq_pos_get(without)) {
+            res.cold_used -= cold.seq_count(i) == 1;
         }
     }
 
@@ -28,101 +51,6 @@ std::vector<llama_kv_mixed_plan> llama_kv_cache_mixed::get_plans() const {
 
     for (uint32_t s = 0; s < n_stream; ++s) {
         res.push_back(get_plan(s));
-    }
-
-    return res;
-}
-
-uint32_t llama_kv_cache_mixed::get_n_ubatch(
-              const llama_batch_allocr & balloc,
-       const std::vector<llama_ubatch> & ubatches,
-                              uint32_t   n_ubatch,
-                              uint32_t   n_tail) const {
-    // without causal attention all tokens of a batch see each other, it can not be split
-    if (lctx && !lctx->get_cparams().causal_attn) {
-        return n_ubatch;
-    }
-
-    // what is left of the batch in each stream
-    std::vector<uint32_t> n_left(n_stream, 0);
-    {
-        const llama_batch & batch = balloc.get_batch();
-        for (int32_t i = 0; i < batch.n_tokens; ++i) {
-            n_left[get_stream(batch.seq_id[i][0])]++;
-        }
-    }
-
-    auto plans = get_plans();
-
-    for (const auto & ubatch : ubatches) {
-        for (const auto & sh : get_shares(ubatch)) {
-            if (!plans[sh.strm].place(policy, sh.n, sh.n_pinned)) {
-                return n_ubatch;
-            }
-
-            n_left[sh.strm] -= sh.n;
-        }
-    }
-
-    // a ubatch goes to hot as a whole
-    uint32_t res = n_ubatch;
-    for (uint32_t s = 0; s < n_stream; ++s) {
-        if (n_left[s] > 0) {
-            res = std::min(res, plans[s].room(policy));
-        }
-    }
-
-    return res <= n_tail ? n_ubatch : res;
-}
-
-llama_kv_cache_mixed::slot_info_vec_t llama_kv_cache_mixed::prepare(const std::vector<llama_ubatch> & ubatches) {
-    auto plans = get_plans();
-
-    bool success = true;
-
-    for (const auto & ubatch : ubatches) {
-        for (const auto & sh : get_shares(ubatch)) {
-            success = success && plans[sh.strm].place(policy, sh.n, sh.n_pinned);
-        }
-    }
-
-    if (success) {
-        return slot_info_vec_t(ubatches.size());
-    }
-
-    if (!is_refused) {
-        is_refused = true;
-
-        n_refused++;
-
-        if (trace->is_on()) {
-            auto event = make_event(LLAMA_KV_MIXED_EVENT_REFUSE, -1);
-            for (const auto & ubatch : ubatches) {
-                event.n_tokens += ubatch.n_tokens;
-            }
-            trace->push(event);
-        }
-
-        LLAMA_LOG_WARN("%s: the batch does not fit: %s\n", __func__, describe_use().c_str());
-    }
-
-    return {};
-}
-
-std::vector<llama_kv_cache_mixed::share> llama_kv_cache_mixed::get_shares(const llama_ubatch & ubatch) const {
-    const uint32_t n_shares = kv_hot->get_n_stream() == 1 ? 1 : ubatch.n_seqs_unq;
-    const uint32_t n        = ubatch.n_tokens/n_shares;
-
-    std::vector<share> res;
-
-    for (uint32_t s = 0; s < n_shares; ++s) {
-        share sh = { get_stream(ubatch.seq_id_unq[s]), n, 0 };
-
-        for (uint32_t i = s*n; i < (s + 1)*n; ++i) {
-            sh.n_pinned += policy.is_pinned(ubatch.pos[i]);
-        }
-
-        res.push_back(sh);
     }
 
     return res;
@@ -219,6 +147,15 @@ void llama_kv_cache_mixed::drop(const slot_info & sinfo, const llama_ubatch & ub
 llama_kv_cache_mixed::migration llama_kv_cache_mixed::pick(uint32_t strm, uint32_t n, const std::vector<uint32_t> & in_flight) const {
     const auto & hot = kv_hot->v_cells[strm];
 
+    migration res;
+
+    res.strm = strm;
+    res.dst  = get_free_cold(strm, std::min(n, policy.n_move_max()));
+
+    if (res.dst.empty()) {
+        return res;
+    }
+
     // the oldest cells that are neither pinned nor in flight
     std::vector<llama_kv_mixed_cand> cands(hot.size());
 
@@ -240,16 +177,18 @@ llama_kv_cache_mixed::migration llama_kv_cache_mixed::pick(uint32_t strm, uint32
     }
 
     cands.erase(std::remove_if(cands.begin(), cands.end(), [&](const auto & cand) {
-        return cand.seqs.empty() || policy.is_pinned(cand.pos);
+        return cand.seqs.empty();
     }), cands.end());
 
-    migration res;
+    res.src = llama_kv_mixed_policy::select(policy.without_pinned(std::move(cands)), res.dst.size());
 
-    res.strm = strm;
-    res.dst  = get_free_cold(strm, std::min({ n, policy.n_move_max(), (uint32_t) cands.size() }));
-    res.src  = llama_kv_mixed_policy::select(std::move(cands), res.dst.size());
+    res.dst.resize(res.src.size());
 
     return res;
+}
+
+int llama_kv_cache_mixed::get_n_threads() const {
+    return lctx ? lctx->n_threads() : std::clamp<int>(std::thread::hardware_concurrency(), 1, GGML_DEFAULT_N_THREADS);
 }
 
 bool llama_kv_cache_mixed::copy(const migration & mig) {
@@ -266,9 +205,7 @@ bool llama_kv_cache_mixed::copy(const migration & mig) {
         ggml_backend_sched_synchronize(lctx->get_sched());
     }
 
-    const int n_threads = lctx ? lctx->n_threads() : std::clamp<int>(std::thread::hardware_concurrency(), 1, GGML_DEFAULT_N_THREADS);
-
-    if (!mover->move(rows_src, rows_dst, n_threads)) {
+    if (!mover->move(rows_src, rows_dst, get_n_threads())) {
         LLAMA_LOG_ERROR("%s: failed to copy %zu tokens from hot to cold, they stay hot\n", __func__, mig.src.size());
         return false;
     }

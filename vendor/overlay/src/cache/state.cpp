@@ -1,6 +1,7 @@
 // the saved state of a mixed KV cache: reading and writing
 
 #include "cache/kv-cache-mixed.h"
+#include "cache/overflow.h"
 
 #include "llama-impl.h"
 #include "llama-io.h"
@@ -8,6 +9,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 
 //
@@ -374,16 +376,24 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
         const char * name = is_cold ? "cold" : "hot";
 
         const uint32_t n_layer = in.get<uint32_t>();
-        if (n_layer != kv.layers.size()) {
+
+        // a cache whose context fits in hot has no layers in cold, and no tokens
+        const bool is_none = is_cold && (n_layer == 0 || kv.layers.empty()) && n_layer <= LLAMA_MAX_LAYERS;
+
+        if (n_layer != kv.layers.size() && !is_none) {
             throw std::runtime_error(format("the state has %u layers, this cache has %zu", n_layer, kv.layers.size()));
         }
 
-        for (const auto & layer : kv.layers) {
+        for (uint32_t i = 0; i < n_layer; ++i) {
             for (const bool is_v : { false, true }) {
                 const int32_t  type     = in.get<int32_t >();
                 const uint64_t size_row = in.get<uint64_t>();
 
-                check_layer(name, layer.il, is_v ? "V" : "K", is_v ? layer.v : layer.k, type, size_row);
+                if (!is_none) {
+                    const auto & layer = kv.layers[i];
+
+                    check_layer(name, layer.il, is_v ? "V" : "K", is_v ? layer.v : layer.k, type, size_row);
+                }
             }
         }
 
@@ -391,7 +401,7 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
             const auto rot_k = in.get<int64_t>();
             const auto rot_v = in.get<int64_t>();
 
-            if (rot_k != n_rot_k || rot_v != n_rot_v) {
+            if (!is_none && (rot_k != n_rot_k || rot_v != n_rot_v)) {
                 throw std::runtime_error(format("the state has cold rows rotated in blocks of %" PRId64 " (K) and %" PRId64
                     " (V) values, this cache has %" PRId64 " and %" PRId64 " (0: not rotated, see LLAMA_ATTN_ROT_DISABLE)",
                     rot_k, rot_v, n_rot_k, n_rot_v));
@@ -400,6 +410,9 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
 
         for (uint32_t s = 0; s < header.n_stream; ++s) {
             const uint32_t n = in.get<uint32_t>();
+            if (n > 0 && n_layer == 0) {
+                throw std::runtime_error(format("the state has %u %s tokens, and no layers of them", n, name));
+            }
             if (n > kv.get_size()) {
                 throw std::runtime_error(format("the state holds %u %s tokens, %s=%u has no room for them",
                     n, name, is_cold ? "cold_size" : "hot", kv.get_size()));
@@ -457,48 +470,101 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
     }
 }
 
-void llama_kv_cache_mixed::state_make_room(llama_seq_id seq_id, uint32_t n_hot, uint32_t n_cold) {
-    const uint32_t strm = get_stream(seq_id);
-
-    // as if the sequence were gone already
-    llama_kv_mixed_plan plan = get_plan(strm);
-
-    for (const llama_kv_cache * kv : { get_hot(), get_cold() }) {
-        const auto & cells = kv->v_cells[strm];
-
-        for (uint32_t i = 0; i < cells.size(); ++i) {
-            if (cells.is_empty(i) || !cells.seq_has(i, seq_id) || cells.seq_count(i) > 1) {
-                continue;
-            }
-
-            if (kv == get_cold()) {
-                plan.cold_used--;
-            } else {
-                plan.hot_used--;
-                plan.hot_pinned -= policy.is_pinned(cells.pos_get(i));
-            }
-        }
+std::vector<uint32_t> llama_kv_cache_mixed::state_oldest(llama_seq_id seq_id, const std::vector<state_cell> & cells, uint32_t n) const {
+    if (n == 0) {
+        return {};
     }
 
-    if (!plan.make_room(policy, n_hot) || n_cold > plan.cold_size - plan.cold_used) {
+    const auto newest = std::max_element(cells.begin(), cells.end(), [](const auto & a, const auto & b) {
+        return a.pos < b.pos;
+    });
+
+    std::vector<llama_kv_mixed_cand> cands;
+
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        cands.push_back({ i, cells[i].pos, newest->pos - cells[i].pos, { seq_id } });
+    }
+
+    auto movable = policy.without_pinned(cands);
+
+    // sinks are the last to go, and the first of them last of all
+    std::vector<bool> is_movable(cells.size(), false);
+    for (const auto & cand : movable) {
+        is_movable[cand.cell] = true;
+    }
+
+    cands.erase(std::remove_if(cands.begin(), cands.end(), [&](const auto & cand) { return is_movable[cand.cell]; }), cands.end());
+
+    auto       res    = llama_kv_mixed_policy::select(std::move(movable), n);
+    const auto pinned = llama_kv_mixed_policy::select(std::move(cands), cells.size());
+
+    res.insert(res.end(), pinned.rbegin(), pinned.rbegin() + (n - res.size()));
+
+    std::sort(res.begin(), res.end());
+
+    return res;
+}
+
+std::vector<uint32_t> llama_kv_cache_mixed::state_make_room(
+                         llama_seq_id   seq_id,
+        const std::vector<state_cell> & hot,
+                             uint32_t   n_cold,
+                                 bool   on_device) {
+    const uint32_t strm  = get_stream(seq_id);
+    const uint32_t n_hot = hot.size();
+
+    // as if the sequence were gone already
+    llama_kv_mixed_plan plan = get_plan(strm, seq_id);
+
+    bool fits = n_cold <= plan.cold_size - plan.cold_used;
+
+    plan.cold_used += std::min(n_cold, plan.cold_size - plan.cold_used);
+
+    // what is still too much when the others have made way
+    const uint32_t n_over    = n_hot - std::min(n_hot, plan.room(policy));
+    const uint32_t n_movable = plan.hot_used - plan.n_pinned(policy);
+
+    if (n_over > 0) {
+        // (rows that were left on the device come when all is done)
+        fits = fits && !on_device && n_movable + n_over <= plan.cold_size - plan.cold_used;
+    }
+
+    if (!fits) {
         throw std::runtime_error(format("no room for the %u hot and %u cold tokens of the state: %s",
             n_hot, n_cold, describe_use().c_str()));
     }
 
     seq_rm(seq_id, -1, -1);
 
-    // the other sequences make way
-    if (!make_room(strm, n_hot)) {
-        throw std::runtime_error("no room for the hot tokens of the state: the others can not be moved to cold");
+    const auto & cells_hot  = kv_hot ->v_cells[strm];
+    const auto & cells_cold = kv_cold->v_cells[strm];
+
+    // the others make way, and leave what the state needs in cold
+    while (cells_hot.size() - cells_hot.get_used() < n_hot - n_over) {
+        const uint32_t n_free = cells_cold.size() - cells_cold.get_used() - n_cold - n_over;
+
+        if (move_tokens_to_cold_cache(strm, n_free, LLAMA_KV_MIXED_TRIGGER_ROOM) == 0) {
+            throw std::runtime_error("no room for the hot tokens of the state: the others can not be moved to cold");
+        }
     }
+
+    return state_oldest(seq_id, hot, n_over);
 }
 
 template <typename R>
 void llama_kv_cache_mixed::state_apply(R & in, const state_tier * tiers, llama_seq_id seq_id, bool on_device) {
     const uint32_t s0 = seq_id == -1 ? 0 : get_stream(seq_id);
 
+    // hot cells of the state for which there is no room in hot, ascending
+    std::vector<uint32_t> over;
+    std::optional<llama_kv_mixed_overflow> overflow;
+
     if (seq_id != -1) {
-        state_make_room(seq_id, tiers[0].streams[0].cells.size(), tiers[1].streams[0].cells.size());
+        over = state_make_room(seq_id, tiers[0].streams[0].cells, tiers[1].streams[0].cells.size(), on_device);
+
+        if (!over.empty()) {
+            overflow.emplace(pairs, over.size());
+        }
     } else {
         for (llama_kv_cache * kv : { get_hot(), get_cold() }) {
             kv->llama_kv_cache::clear(true);
@@ -512,7 +578,14 @@ void llama_kv_cache_mixed::state_apply(R & in, const state_tier * tiers, llama_s
 
         for (size_t i = 0; i < tiers[is_cold].streams.size(); ++i) {
             const auto & stream = tiers[is_cold].streams[i];
-            const auto & part   = stream.cells;
+
+            auto part = stream.cells;
+
+            if (!is_cold) {
+                for (auto it = over.rbegin(); it != over.rend(); ++it) {
+                    part.erase(part.begin() + *it);
+                }
+            }
 
             auto & cells = kv.v_cells[s0 + i];
 
@@ -550,7 +623,30 @@ void llama_kv_cache_mixed::state_apply(R & in, const state_tier * tiers, llama_s
         }
     }
 
+    const auto idxs_over = get_free_cold(s0, over.size());
+
+    for (size_t i = 0; i < over.size(); ++i) {
+        const auto & cell = tiers[0].streams[0].cells[over[i]];
+
+        set_cell(kv_cold->v_cells[s0], idxs_over[i], cell.pos, cell.shift, cell.ext, cell.seqs);
+    }
+
     std::vector<uint8_t> buf;
+
+    const auto read_rows = [&](ggml_tensor * t, uint32_t first, size_t n) {
+        const size_t size_row = t->nb[1];
+
+        if (on_device) {
+            in.io.read_tensor(as_bytes(t), first*size_row, n*size_row);
+            return;
+        }
+
+        buf.resize(n*size_row);
+        for (size_t r = 0; r < n; ++r) {
+            in.get(buf.data() + r*size_row, size_row);
+        }
+        ggml_backend_tensor_set(t, buf.data(), first*size_row, buf.size());
+    };
 
     try {
         size_t i_slot = 0;
@@ -565,28 +661,44 @@ void llama_kv_cache_mixed::state_apply(R & in, const state_tier * tiers, llama_s
                     for (const auto & layer : kv.layers) {
                         ggml_tensor * t = is_v ? layer.v_stream[sinfo.strm[0]] : layer.k_stream[sinfo.strm[0]];
 
-                        const size_t size_row = t->nb[1];
+                        if (is_cold || over.empty()) {
+                            for_each_run(sinfo.idxs[0], [&](uint32_t first, size_t n) { read_rows(t, first, n); });
+                            continue;
+                        }
 
-                        for_each_run(sinfo.idxs[0], [&](uint32_t first, size_t n) {
-                            if (on_device) {
-                                in.io.read_tensor(as_bytes(t), first*size_row, n*size_row);
-                                return;
-                            }
+                        ggml_tensor * t_over = overflow->get(is_v ? layer.v : layer.k);
 
-                            buf.resize(n*size_row);
-                            for (size_t r = 0; r < n; ++r) {
-                                in.get(buf.data() + r*size_row, size_row);
+                        size_t i_over = 0;
+
+                        for (size_t j = 0; j < tiers[0].streams[0].cells.size(); ++j) {
+                            if (i_over < over.size() && over[i_over] == j) {
+                                read_rows(t_over, i_over++, 1);
+                            } else {
+                                read_rows(t, sinfo.idxs[0][j - i_over], 1);
                             }
-                            ggml_backend_tensor_set(t, buf.data(), first*size_row, buf.size());
-                        });
+                        }
                     }
                 }
             }
         }
 
         in.end();
+
+        if (overflow) {
+            std::vector<int64_t> rows(idxs_over.begin(), idxs_over.end());
+            for (int64_t & row : rows) {
+                row += (int64_t) s0*kv_cold->get_size();
+            }
+
+            if (!overflow->move(rows, get_n_threads())) {
+                throw std::runtime_error("the tokens of the state that hot has no room for can not be moved to cold");
+            }
+        }
     } catch (...) {
         // half a state is none, and rows that are no numbers would be seen even in free cells
+        auto & idxs_last = slots.back().idxs[0];
+        idxs_last.insert(idxs_last.end(), idxs_over.begin(), idxs_over.end());
+
         size_t i_slot = 0;
 
         for (const bool is_cold : { false, true }) {
