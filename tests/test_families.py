@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import raw
 from reference import find_program, rewrite_gguf
 from tiny_model import write_tiny_model
 from tool_modules import TOOLS, load_tool
@@ -259,6 +260,55 @@ def test_an_aborted_batch(make: Callable, noise: Callable) -> None:
     plain = make("iswa", False)
     plain.decode(TOKENS[:N_PROMPT], logits="all")
     assert_close(context.logits, plain.logits[n:], noise("iswa"))
+
+
+def test_an_abort_leaves_no_shift_half_done(make: Callable, noise: Callable) -> None:
+    """Wherever it comes: the layers with a sliding window are shifted as the others are, whole."""
+    context, plain = (make("iswa", kv, swa_full=True) for kv in (None, False))
+
+    def shift(c: Context) -> None:
+        c.memory.clear()
+        c.decode(TOKENS[:300])
+        c.memory.seq_rm(0, 10, 110)
+        c.memory.seq_add(0, 110, -1, -100)
+
+    shift(plain)
+    plain.decode(TOKENS[300:310], logits="all")
+    for at in range(0, 40, 3):
+        context.set_abort_callback(None)
+        shift(context)
+        calls: list[int] = []
+        context.set_abort_callback(lambda calls=calls, at=at: calls.append(1) or len(calls) > at)
+        with pytest.raises(DecodeAborted):
+            context.decode(TOKENS[300:310])
+        context.set_abort_callback(None)
+        assert context.memory.seq_pos_max() == 199
+        context.decode(TOKENS[300:310], logits="all")
+        assert_close(context.logits, plain.logits, noise("iswa"))
+
+
+@pytest.mark.parametrize("family", ("iswa", "hybrid"))
+def test_a_shift_that_fails_is_tried_again(family: str, make: Callable) -> None:
+    """After any number of layers, in the part that is mixed or the other one; no token is decoded before it is done."""
+    n_layers = {"iswa": 2 * 1 + 3, "hybrid": 2 * 2}[family]  # hot and cold, and those with a sliding window
+    context, twin = (make(family, swa_full=True, n_seq_max=2, kv_unified=True) for _ in range(2))
+    expected = b""
+    for n in range(n_layers):
+        for c in (context, twin) if n == 0 else (context,):
+            c.memory.clear()
+            c.decode(TOKENS[:300])
+            c.memory.seq_rm(0, 10, 110) if family == "iswa" else None
+            c.memory.seq_add(0, 110, -1, -100 if family == "iswa" else 50)
+        end = context.memory.seq_pos_max()
+        raw.fail_shift(context, n)
+        with pytest.raises(ContextError, match="failed to compute K-shift") as error:
+            context.decode(TOKENS[300:310])
+        assert error.value.code == -2 and context.memory.seq_pos_max() == end
+        for c in (context, twin) if n == 0 else (context,):
+            c.decode(TOKENS[300:310], logits="all")
+        expected = expected or twin.state_save()
+        np.testing.assert_array_equal(context.logits, twin.logits)
+        assert context.state_save() == expected
 
 
 def test_graphs_are_reused(make: Callable) -> None:

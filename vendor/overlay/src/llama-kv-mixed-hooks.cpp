@@ -167,6 +167,18 @@ uint32_t llama_kv_mixed_n_cold(const llama_kv_cache_context * mctx) {
     return mixed ? mixed->get_n_cold() : 0;
 }
 
+llama_memory_context_ptr llama_kv_mixed_init_update(llama_kv_cache & kv_attn, llama_kv_cache & kv, llama_context * lctx, bool optimize) {
+    auto * mixed = dynamic_cast<llama_kv_cache_mixed *>(&kv_attn);
+
+    return mixed ? mixed->init_update(lctx, kv) : kv.init_update(lctx, optimize);
+}
+
+llama_memory_status llama_kv_mixed_status_failed(const llama_kv_cache & kv) {
+    const auto * mixed = dynamic_cast<const llama_kv_cache_mixed *>(&kv);
+
+    return mixed && mixed->is_shift_pending() ? LLAMA_MEMORY_STATUS_FAILED_COMPUTE : LLAMA_MEMORY_STATUS_FAILED_PREPARE;
+}
+
 void llama_kv_mixed_state_read(
        const llama_kv_cache & kv_attn,
              llama_memory_i & part,

@@ -147,11 +147,27 @@ public:
     // for tests: the next n migrations fail to copy their rows
     void fail_moves(uint32_t n);
 
-    // carry out pending position shifts
+    // for tests: the next shift fails when it has computed the rows of n layers
+    void fail_shift(uint32_t n) { n_shift_fail = n; }
+
+    //
+    // position shifts, see shift.cpp
+    //
+
+    // carry out those that are pending in hot and cold; false: not all of them, the next call goes on
     bool update(llama_context * lctx);
 
-    // rotate K rows of hot and cold to their new positions
-    ggml_cgraph * build_graph_shift(llm_graph_result * res, llama_context * lctx) const;
+    // the same for another part of the memory, after its copies of streams
+    bool update(llama_context * lctx, llama_kv_cache & kv, const stream_copy_info & sc_info);
+
+    // the update of a part of the memory that is not mixed: this cache does it, so that it is done or tried again
+    llama_memory_context_ptr init_update(llama_context * lctx, llama_kv_cache & kv);
+
+    // rows and positions do not belong together, here or in that other part: an update has failed, or has yet to come
+    bool is_shift_pending() const;
+
+    // complete a shift that has stopped half way; false: that failed again, and rows must neither be read nor moved
+    bool finish_shift() const;
 
 private:
     // what the constructor makes of the parameters it is given
@@ -246,6 +262,57 @@ private:
                                  llama_pos   shift,
                    const llama_kv_cell_ext & ext,
            const llama_kv_cells::seq_set_t & seqs);
+
+    //
+    // position shifts, see shift.cpp
+    //
+
+    struct shift_devices;
+    struct shift_graph;
+
+    // how far cells [first, first + shift.size()) of a stream have moved, and in how many layers their rows have followed
+    struct shift_job {
+        llama_kv_cache * kv;
+
+        uint32_t strm;
+        uint32_t first;
+
+        std::vector<llama_pos> shift;
+
+        size_t n_done;
+    };
+
+    // those that have stopped half way: some layers are done, others are not
+    std::vector<shift_job> shift_jobs;
+
+    // made once, for the first shift
+    std::shared_ptr<shift_devices> shift_devs;
+
+    // the part of the memory that is not mixed and has positions to shift, null: there is none, or it never had an update
+    llama_kv_cache * kv_rest = nullptr;
+
+    // layers until the next failure, below 0: there is none to come
+    int64_t n_shift_fail = -1;
+
+    // what is pending in the cells of a cache
+    static void add_shift_jobs(llama_kv_cache & kv, std::vector<shift_job> & jobs);
+
+    shift_graph build_shift(llama_context * lctx, const shift_job & job, size_t i_layer) const;
+
+    // one layer, all of it or nothing
+    bool compute_shift(llama_context * lctx, ggml_backend_sched_t sched, const shift_job & job, size_t i_layer);
+
+    // takes jobs away that are done; false: those that are left are not
+    bool run_shift_jobs(llama_context * lctx, std::vector<shift_job> & jobs);
+
+    // all layers are done: the cells have no more to shift than what was added since
+    static void settle_shift(const shift_job & job);
+
+    // the rows of a stream were copied to another one as they are
+    void copy_shift_jobs(const llama_kv_cache & kv, uint32_t ssrc, uint32_t sdst);
+
+    // first what has stopped half way in any cache, then all of these
+    bool shift(llama_context * lctx, const std::vector<llama_kv_cache *> & kvs);
 
     //
     // state, see state.cpp

@@ -172,6 +172,10 @@ ggml_tensor * llama_kv_cache_mixed::as_bytes(ggml_tensor * t) const {
 //
 
 void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    if (!finish_shift()) {
+        throw std::runtime_error("a shift of positions has failed, and does so again: there is no state to save");
+    }
+
     const uint32_t n_stream  = get_hot()->get_n_stream();
     const bool     on_device = flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE;
 
@@ -335,6 +339,10 @@ static void check_layer(const char * tier, uint32_t il, const char * side, const
 }
 
 void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    if (!finish_shift()) {
+        throw std::runtime_error("a shift of positions has failed, and does so again: clear the memory before a state is loaded");
+    }
+
     const llama_kv_mixed_state_header expected;
 
     state_reader in(io);
