@@ -23,6 +23,7 @@ from test_cache import SHAPE, add, positions, snapshot
 from tiny_model import write_tiny_model
 
 from llamamix import CacheError, Context, ContextError, KVMixedParams, MixedKVCache, Model
+from llamamix import _ffi as bindings
 
 MakeContext = Callable[..., Context]
 
@@ -493,6 +494,29 @@ def test_a_copy_on_the_device_is_no_state_for_others(make_context: MakeContext) 
     n, reason = raw.state_set(context, state, 0)
     assert n == 0 and "the rows of the state were left on the device" in reason
     assert context.memory.seq_pos_max(0) == 118
+
+
+@pytest.mark.parametrize("seq_id", [None, 0])
+def test_a_size_is_told_without_a_look_at_the_rows(seq_id: int | None, make_context: MakeContext) -> None:
+    """Programs ask for it often. By both interfaces, and it is the size that the state has."""
+    context = used(make_context(**contexts_params(True)))
+    summed = raw.lib.llama_kv_mixed_state_bytes_summed
+    before = summed()
+    with raw.pointer(context) as ctx:
+        if seq_id is None:
+            size = raw.lib.llama_state_get_size(ctx)
+        else:
+            size = raw.lib.llama_state_seq_get_size_ext(ctx, seq_id, 0)
+            raw.lib.llama_state_seq_get_size_ext(ctx, seq_id, raw.ON_DEVICE)
+    with MixedKVCache.from_context(context) as cache, cache._handle as pointer:
+        size_cache = bindings.lib.llama_kv_mixed_cache_state_get(pointer, -1 if seq_id is None else 0, bindings.ffi.NULL, 0)
+    assert summed() == before
+    assert len(raw.state_get(context, seq_id)) == size
+    one_state = summed() - before
+    assert size > one_state > 0.99 * size  # all but upstream's header and the checksums
+    with MixedKVCache.from_context(context) as cache:
+        assert len(cache.state_write(seq_id)) == size_cache
+    assert summed() - before == 2 * one_state  # each state is made once
 
 
 @pytest.mark.parametrize("seq_id", [None, 0])

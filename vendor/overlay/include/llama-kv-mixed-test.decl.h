@@ -7,3 +7,6 @@ int32_t llama_kv_mixed_cache_fail_moves(struct llama_kv_mixed_cache * cache, uin
 // The next shift of positions fails when it has computed the rows of n layers, before they are put in place (each tier and
 // stream that has something to shift counts its own layers). Return as above.
 int32_t llama_kv_mixed_cache_fail_shift(struct llama_kv_mixed_cache * cache, uint32_t n);
+
+// The bytes that states were read and written with a checksum of, by all caches of the process so far.
+uint64_t llama_kv_mixed_state_bytes_summed(void);

@@ -2,27 +2,36 @@
 
 #include "api/cache.h"
 
-#include "llama-io.h"
+#include "cache/state-io.h"
 
 #include <cstring>
-#include <vector>
 
 class io_write_bytes : public llama_io_write_i {
 public:
-    void write(const void * src, size_t size) override {
-        bytes.insert(bytes.end(), (const uint8_t *) src, (const uint8_t *) src + size);
+    io_write_bytes(void * dst, size_t size) : dst((uint8_t *) dst), size(size) {}
+
+    void write(const void * src, size_t n) override {
+        memcpy(take(n), src, n);
     }
 
-    void write_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
-        bytes.resize(bytes.size() + size);
-        ggml_backend_tensor_get(tensor, bytes.data() + bytes.size() - size, offset, size);
+    void write_tensor(ggml_tensor * tensor, size_t offset, size_t n) override {
+        ggml_backend_tensor_get(tensor, take(n), offset, n);
     }
 
     size_t n_bytes() override {
-        return bytes.size();
+        return pos;
     }
 
-    std::vector<uint8_t> bytes;
+private:
+    uint8_t * dst;
+    size_t size;
+    size_t pos = 0;
+
+    uint8_t * take(size_t n) {
+        GGML_ASSERT(n <= size - pos);
+        pos += n;
+        return dst + pos - n;
+    }
 };
 
 class io_read_bytes : public llama_io_read_i {
@@ -62,15 +71,17 @@ LLAMA_API int64_t llama_kv_mixed_cache_state_get(const llama_kv_mixed_cache * ca
         check_seq(cache, seq_id);
         synchronize(cache);
 
-        io_write_bytes io;
-        cache->mem().state_write(io, seq_id);
+        state_counter counter;
+        cache->mem().state_write(counter, seq_id);
 
         if (dst) {
-            check(size >= io.bytes.size(), "the buffer is too small for the state");
-            memcpy(dst, io.bytes.data(), io.bytes.size());
+            check(size >= counter.n_bytes(), "the buffer is too small for the state");
+
+            io_write_bytes io(dst, size);
+            cache->mem().state_write(io, seq_id);
         }
 
-        return (int64_t) io.bytes.size();
+        return (int64_t) counter.n_bytes();
     });
 }
 

@@ -2,6 +2,8 @@
 
 #include "api/cache.h"
 
+#include "cache/state-io.h"
+
 #include "llama-kv-mixed-test.h"
 
 LLAMA_API int32_t llama_kv_mixed_cache_fail_moves(llama_kv_mixed_cache * cache, uint32_t n) {
@@ -22,4 +24,8 @@ LLAMA_API int32_t llama_kv_mixed_cache_fail_shift(llama_kv_mixed_cache * cache, 
 
         return 0;
     });
+}
+
+LLAMA_API uint64_t llama_kv_mixed_state_bytes_summed(void) {
+    return state_bytes_summed;
 }

@@ -1,14 +1,12 @@
 // the saved state of a mixed KV cache: reading and writing
 
 #include "cache/kv-cache-mixed.h"
+#include "cache/state-io.h"
 
 #include "llama-impl.h"
-#include "llama-io.h"
 
 #include <algorithm>
 #include <cinttypes>
-#include <cstring>
-#include <stdexcept>
 
 //
 // format
@@ -31,112 +29,6 @@ struct llama_kv_mixed_state_header {
     uint32_t whole     = 0;          // 1: all sequences
     uint32_t on_device = 0;          // 1: the rows are kept elsewhere
 };
-
-// a change within one 8-byte word always shows, any other one but for once in 2^64
-class state_checksum {
-public:
-    void add(const void * data, size_t size) {
-        const auto * p = (const uint8_t *) data;
-
-        for (; size >= 8; size -= 8, p += 8) {
-            uint64_t w;
-            memcpy(&w, p, 8);
-            mix(w);
-        }
-
-        if (size > 0) {
-            uint64_t w = 0;
-            memcpy(&w, p, size);
-            mix(w);
-        }
-    }
-
-    uint64_t get() const {
-        return h;
-    }
-
-private:
-    uint64_t h = 0x78696d6b;
-
-    void mix(uint64_t w) {
-        h  = (h ^ w)*0x9e3779b97f4a7c15ull;
-        h ^= h >> 32;
-    }
-};
-
-// what follows each other in the state, and its checksum
-
-class state_writer {
-public:
-    state_writer(llama_io_write_i & io) : io(io) {}
-
-    template <typename T>
-    void put(const T & x) {
-        put(&x, sizeof(x));
-    }
-
-    void put(const void * data, size_t size) {
-        sum.add(data, size);
-        io.write(data, size);
-    }
-
-    void end() {
-        const uint64_t h = sum.get();
-        io.write(&h, sizeof(h));
-        sum = {};
-    }
-
-    llama_io_write_i & io;
-
-private:
-    state_checksum sum;
-};
-
-class state_reader {
-public:
-    state_reader(llama_io_read_i & io) : io(io) {}
-
-    template <typename T>
-    T get() {
-        T x;
-        get(&x, sizeof(x));
-        return x;
-    }
-
-    void get(void * data, size_t size) {
-        io.read(data, size);
-        sum.add(data, size);
-    }
-
-    void end() {
-        uint64_t h;
-        io.read(&h, sizeof(h));
-        if (h != sum.get()) {
-            throw std::runtime_error("the state is damaged: its checksum is another one");
-        }
-        sum = {};
-    }
-
-    llama_io_read_i & io;
-
-private:
-    state_checksum sum;
-};
-
-// calls f(first, n) for runs of adjacent cells
-template <typename F>
-static void for_each_run(const std::vector<uint32_t> & idxs, F f) {
-    for (size_t i = 0; i < idxs.size();) {
-        size_t n = 1;
-        while (i + n < idxs.size() && idxs[i + n] == idxs[i] + n) {
-            n++;
-        }
-
-        f(idxs[i], n);
-
-        i += n;
-    }
-}
 
 ggml_tensor * llama_kv_cache_mixed::as_bytes(ggml_tensor * t) const {
     const auto it = bytes.find(t);
@@ -274,6 +166,11 @@ void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_i
 
                     const size_t size_row = t->nb[1];
 
+                    if (out.counts_only && !on_device) {
+                        io.write(nullptr, part.size()*size_row);
+                        continue;
+                    }
+
                     for_each_run(part, [&](uint32_t first, size_t n) {
                         if (on_device) {
                             io.write_tensor(as_bytes(t), first*size_row, n*size_row);
@@ -300,7 +197,7 @@ void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_i
 
     out.end();
 
-    if (trace->is_on()) {
+    if (trace->is_on() && !out.counts_only) {
         trace->push(make_event(LLAMA_KV_MIXED_EVENT_STATE_WRITE, -1, seq_id));
     }
 }
