@@ -512,11 +512,6 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_mixed::memory_breakd
     return res;
 }
 
-void llama_kv_cache_mixed::state_clear(llama_seq_id seq_id) {
-    kv_cold->state_clear(seq_id);
-    llama_kv_cache::state_clear(seq_id);
-}
-
 //
 // where a mixed cache is found
 //

@@ -92,6 +92,7 @@ public:
     // returns as many empty slot infos, none when the ubatches do not fit
     slot_info_vec_t prepare(const std::vector<llama_ubatch> & ubatches) override;
 
+    // undo a state_read_part() whose memory could not be read to the end; else: nothing of the sequence (-1: of all) is left
     void state_clear(llama_seq_id seq_id) override;
 
     //
@@ -166,8 +167,16 @@ public:
     // rows and positions do not belong together, here or in that other part: an update has failed, or has yet to come
     bool is_shift_pending() const;
 
-    // complete a shift that has stopped half way; false: that failed again, and rows must neither be read nor moved
-    bool finish_shift() const;
+    // The state of a memory that this cache is a part of: this part, then the rest of it with a checksum of its own. When one
+    // of the two below throws, both parts are as they were (llama_memory_hybrid calls state_clear() by itself for that).
+    void state_write_rest(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags, llama_memory_i & rest) const;
+
+    void state_read_part(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
+    void state_read_rest(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags, llama_memory_i & rest);
+
+    // complete a shift that has stopped half way, and all that is pending in another part of the memory; false: that failed
+    // (again), and rows must neither be read nor moved
+    bool finish_shift(llama_kv_cache * rest = nullptr) const;
 
 private:
     // what the constructor makes of the parameters it is given
@@ -329,6 +338,16 @@ private:
     // put cells in place, those of hot and of cold, and read their rows
     template <typename R>
     void state_apply(R & in, const state_tier * tiers, llama_seq_id seq_id, bool on_device);
+
+    // what was there before the state that is being read, see undo.h
+    class undo;
+
+    std::shared_ptr<undo> state_undo;
+
+    // the copies of rows that the context keeps on the device, one for each sequence, by the states that they belong to
+    mutable std::map<llama_seq_id, uint32_t> device_copies;
+
+    mutable uint32_t n_device_copies = 0;
 
     // a tensor as mere bytes: buffers that keep rows on the device count in elements, which blocks of quantised ones are not
     ggml_tensor * as_bytes(ggml_tensor * t) const;

@@ -263,11 +263,15 @@ bool llama_kv_cache_mixed::run_shift_jobs(llama_context * lctx, std::vector<shif
     return true;
 }
 
-bool llama_kv_cache_mixed::finish_shift() const {
+bool llama_kv_cache_mixed::finish_shift(llama_kv_cache * rest) const {
+    if (shift_jobs.empty() && !rest) {
+        return true;
+    }
+
     // (what it changes is not what the cache holds)
     auto & self = const_cast<llama_kv_cache_mixed &>(*this);
 
-    return shift_jobs.empty() || (lctx && self.run_shift_jobs(lctx, self.shift_jobs));
+    return lctx && (rest ? self.shift(lctx, { rest }) : self.shift(lctx, {}));
 }
 
 bool llama_kv_cache_mixed::shift(llama_context * lctx, const std::vector<llama_kv_cache *> & kvs) {

@@ -4,6 +4,8 @@
 
 #include "llama-io.h"
 
+#include "ggml-backend.h"
+
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -112,7 +114,7 @@ public:
 
     template <typename T>
     T get() {
-        T x;
+        T x = {}; // (upstream's reader of files leaves what lies beyond their end as it is)
         get(&x, sizeof(x));
         return x;
     }
@@ -123,7 +125,7 @@ public:
     }
 
     void end() {
-        uint64_t h;
+        uint64_t h = 0;
         io.read(&h, sizeof(h));
         if (h != sum.get()) {
             throw std::runtime_error("the state is damaged: its checksum is another one");
@@ -135,6 +137,70 @@ public:
 
 private:
     state_checksum sum;
+};
+
+// The bytes of another part of the memory, which knows nothing of checksums. Rows that are left on the device are not summed.
+
+class state_part_writer : public llama_io_write_i {
+public:
+    state_part_writer(llama_io_write_i & io, bool on_device) : out(io), on_device(on_device) {}
+
+    void write(const void * src, size_t size) override {
+        out.put(src, size);
+    }
+
+    void write_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
+        if (on_device || out.counts_only) {
+            out.io.write_tensor(tensor, offset, size);
+            return;
+        }
+
+        buf.resize(size);
+        ggml_backend_tensor_get(tensor, buf.data(), offset, size);
+        out.put(buf.data(), size);
+    }
+
+    size_t n_bytes() override {
+        return out.io.n_bytes();
+    }
+
+    state_writer out;
+
+private:
+    const bool on_device;
+
+    std::vector<uint8_t> buf;
+};
+
+class state_part_reader : public llama_io_read_i {
+public:
+    state_part_reader(llama_io_read_i & io, bool on_device) : in(io), on_device(on_device) {}
+
+    void read(void * dst, size_t size) override {
+        in.get(dst, size);
+    }
+
+    void read_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
+        if (on_device) {
+            in.io.read_tensor(tensor, offset, size);
+            return;
+        }
+
+        buf.resize(size);
+        in.get(buf.data(), size);
+        ggml_backend_tensor_set(tensor, buf.data(), offset, size);
+    }
+
+    size_t n_bytes() override {
+        return in.io.n_bytes();
+    }
+
+    state_reader in;
+
+private:
+    const bool on_device;
+
+    std::vector<uint8_t> buf;
 };
 
 // calls f(first, n) for runs of adjacent cells
