@@ -9,13 +9,13 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
+from helpers import raw
 from helpers.reference_cache import NoRoom, ReferenceCache
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from llamamix import Batch, CacheError, KVMixedParams, MixedKVCache, SBatch, UBatch, ggml
-from llamamix._ffi import lib
 
 _PROFILES = {
     "ci": settings(max_examples=400, stateful_step_count=40, derandomize=True, database=None, print_blob=True),
@@ -233,8 +233,7 @@ class CacheMachine(RuleBasedStateMachine):
     def copies_fail(self, n: int) -> None:
         """The next migrations can not copy their rows."""
         self.ref.n_fail = n
-        with self.cache._handle as pointer:
-            lib.llama_kv_mixed_cache_fail_moves(pointer, n)
+        raw.fail_moves(self.cache, n)
 
     #
     # sequences

@@ -19,10 +19,9 @@ from helpers import raw
 from helpers.allowances import ATOL, F32
 from helpers.paths import ROOT
 from helpers.processes import environment, library_dir
-from helpers.tiny_model import random_tokens
+from helpers.tiny_model import random_tokens, write_tiny_model
 
 from llamamix import Context, ContextError, ContextFullError, DecodeAborted, KVMixedParams, MixedKVCache, Trace
-from llamamix import _ffi as bindings
 from llamamix.trace import EventKind
 
 MakeContext = Callable[..., Context]
@@ -148,15 +147,106 @@ def test_an_abort_with_several_sequences(unified: bool, make_context: MakeContex
 
 
 #
-# copies that fail
+# shifts that fail
 #
 
 
-def fail_moves(context: Context, n: int) -> None:
-    cache = MixedKVCache.from_context(context)
-    with cache._handle as pointer:
-        assert bindings.lib.llama_kv_mixed_cache_fail_moves(pointer, n) == 0
-    cache.close()
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+@pytest.mark.parametrize("cold", ["f32", "q4_0"])
+def test_a_shift_that_fails_after_any_layer(cold: str, unified: bool, make_context: MakeContext) -> None:
+    """llama_decode() returns -2, what is left can be saved as if nothing had been tried, and the next decode goes on as
+    one that never failed does, bit for bit."""
+    options = params(n_ctx=1024, n_seq_max=2, kv_unified=unified, kv_mixed=KVMixedParams(**SHAPE | {"cold": cold}))
+    context, twin = make_context(**options), make_context(**options)
+    for c in (context, twin):
+        c.decode(random_tokens(90), seq_id=0)
+        c.decode(random_tokens(80, 1), seq_id=1)
+    start = context.state_save()
+    expected: list[np.ndarray] = []
+    # 2 layers, in hot and cold: of one stream, or of both
+    n_layers = 4 if unified else 8
+    for n in range(n_layers):
+        for c in (context, twin) if n == 0 else (context,):
+            c.state_load(start)
+            for seq in (0, 1):
+                c.memory.seq_rm(seq, 10, 50)
+                c.memory.seq_add(seq, 50, -1, -40)
+        before = tokens_once(context, 2)
+        raw.fail_shift(context, n)
+        with pytest.raises(ContextError, match="failed to compute K-shift") as error:
+            context.decode(random_tokens(30, 2), seq_id=0)
+        assert error.value.code == -2
+        assert tokens_once(context, 2) == before == {0: list(range(50)), 1: list(range(40))}
+        if n == 0:
+            assert context.state_save() == twin.state_save()
+            for seq in (0, 1):
+                twin.decode(random_tokens(30, 2), seq_id=seq, logits="all")
+                expected.append(twin.logits)
+            after = twin.state_save()
+        for seq in (0, 1):
+            context.decode(random_tokens(30, 2), seq_id=seq, logits="all")
+            np.testing.assert_array_equal(context.logits, expected[seq])
+        assert context.state_save() == after
+    # that there is no more to fail
+    raw.fail_shift(context, n_layers)
+    context.state_load(start)
+    context.memory.seq_add(0, 20, -1, 1)
+    context.memory.seq_add(1, 20, -1, 1)
+    context.decode([7], seq_id=0)
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_what_comes_between_a_shift_that_fails_and_the_next(unified: bool, make_context: MakeContext) -> None:
+    """Tokens are removed, shifted again, copied, moved to cold, saved and loaded: rows and positions belong together."""
+    options = params(n_ctx=1024, n_seq_max=2, kv_unified=unified)
+    text = random_tokens(90)
+
+    def between(context: Context, what: str) -> int:
+        """Returns the sequence that goes on."""
+        memory = context.memory
+        if what == "removed":
+            memory.seq_rm(0, 20, 30)
+            memory.seq_rm(0, 45, -1)
+        elif what == "shifted again":
+            memory.seq_add(0, 30, -1, 13)
+        elif what == "copied":
+            memory.seq_cp(0, 1)
+            memory.seq_rm(0)
+            return 1
+        elif what == "moved" and context.kv_mixed:
+            with MixedKVCache.from_context(context) as cache:
+                assert cache.move_tokens_to_cold_cache(20) == 20
+        elif what == "saved" and context.kv_mixed:
+            state = context.state_save(0)
+            memory.clear()
+            context.decode(random_tokens(60, 5), seq_id=1)
+            context.state_load(state, 0)
+        elif what == "cleared":
+            memory.clear()
+            context.decode(text[:40], seq_id=0)
+        return 0
+
+    for what in ("removed", "shifted again", "copied", "moved", "saved", "cleared"):
+        plain = make_context(**options | {"kv_mixed": False})
+        others = [make_context(**options) for _ in range(4)]  # 2 layers, in hot and cold
+        for context in (plain, *others):
+            context.decode(text, seq_id=0)
+            context.memory.seq_rm(0, 10, 50)
+            context.memory.seq_add(0, 50, -1, -40)
+        seq = between(plain, what)
+        plain.decode(random_tokens(30, 2), seq_id=seq, logits="all")
+        for n, context in enumerate(others):
+            raw.fail_shift(context, n)
+            with pytest.raises(ContextError):
+                context.decode([7], seq_id=0)
+            assert between(context, what) == seq
+            context.decode(random_tokens(30, 2), seq_id=seq, logits="all")
+            np.testing.assert_allclose(context.logits, plain.logits, rtol=0, atol=ATOL, err_msg=f"{what} {n}")
+
+
+#
+# copies that fail
+#
 
 
 def test_a_copy_for_the_threshold_that_fails(make_context: MakeContext) -> None:
@@ -169,7 +259,7 @@ def test_a_copy_for_the_threshold_that_fails(make_context: MakeContext) -> None:
         c.decode(tokens[:16])
         c.decode(tokens[16:32])
     assert context.stats.n_migrations == 0 and context.stats.hot_used == 32
-    fail_moves(context, 2)
+    raw.fail_moves(context, 2)
     for i in range(32, 60):
         for c in (context, other, plain):
             c.decode(tokens[i : i + 1])
@@ -188,14 +278,14 @@ def test_a_copy_for_room_that_fails(make_context: MakeContext) -> None:
     context.decode(tokens[:40])
     before = context.stats
     # each ubatch of 16 needs room: the first copy fails, and all others of that ubatch
-    fail_moves(context, 1000)
+    raw.fail_moves(context, 1000)
     with pytest.raises(ContextError) as error:
         context.decode(tokens[40:120])
     assert error.value.code == -3
     n = context.memory.seq_pos_max() + 1
     assert tokens_once(context)[0] == list(range(n)) and 40 <= n < 60
     assert context.stats.n_migrations == before.n_migrations
-    fail_moves(context, 0)
+    raw.fail_moves(context, 0)
     context.decode(tokens[n:120])
     context.decode(tokens[120:], logits="all")
     plain.decode(tokens[:120])
@@ -206,7 +296,7 @@ def test_a_copy_for_room_that_fails(make_context: MakeContext) -> None:
 def test_a_failed_copy_leaves_a_record(make_context: MakeContext) -> None:
     context = make_context(**params())
     context.decode(random_tokens(32))
-    fail_moves(context, 1)
+    raw.fail_moves(context, 1)
     cache = MixedKVCache.from_context(context)
     with Trace(context) as trace:
         assert cache.move_tokens_to_cold_cache(5) == 0 and cache.cold.used == 0
@@ -226,11 +316,11 @@ def test_a_sequence_is_not_loaded_when_others_can_not_make_way(make_context: Mak
     state = context.state_save(0)
     context.memory.clear()
     context.decode(random_tokens(32, 1), seq_id=1)
-    fail_moves(context, 1000)
+    raw.fail_moves(context, 1000)
     with pytest.raises(ContextError, match="failed to copy 10 tokens from hot to cold, they stay hot"):
         context.state_load(state, 0)
     assert tokens_once(context, 2) == {0: [], 1: list(range(32))}
-    fail_moves(context, 0)
+    raw.fail_moves(context, 0)
     context.state_load(state, 0)
     assert tokens_once(context, 2) == {0: list(range(30)), 1: list(range(32))}
 
@@ -281,17 +371,18 @@ def attempt(make):
 model = Model(sys.argv[1])
 params = {"n_threads": 1, "n_ubatch": 64}
 
-# a shift: all K rows of a layer as F32, 128 MB
-shifted, other = (Context(model, n_ctx=2**18, kv_mixed=KVMixedParams(hot=64), **params) for _ in range(2))
+# a shift: the K rows of a layer in cold as F32, 16 KB each
+wide = Model(sys.argv[2])
+shifted, other = (Context(wide, n_ctx=4096, kv_mixed=KVMixedParams(hot=64), **params) for _ in range(2))
 for context in (shifted, other):
-    context.decode(np.arange(100) + 5)
+    context.decode(np.arange(2048) % 300 + 5)
     context.memory.seq_rm(0, 10, 60)
     context.memory.seq_add(0, 60, -1, -50)
 state = shifted.state_save()
-limit(64 << 20)
+limit(16 << 20)
 attempt(lambda: shifted.decode([7]))
-print(shifted.state_save() == state)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(shifted.state_save() == state)
 for context in (shifted, other):
     context.decode([7])
 print("same" if np.array_equal(shifted.logits, other.logits) else "other")
@@ -319,9 +410,10 @@ print("same" if np.array_equal(small.logits, before) else "other")
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="an address space that can be limited")
 @pytest.mark.skipif("LLAMAMIX_TEST_SANITIZER" in os.environ, reason="sanitizers take the address space")
-def test_memory_runs_out(tiny_model_path: Path) -> None:
+def test_memory_runs_out(tiny_model_path: Path, tmp_path: Path) -> None:
+    wide = write_tiny_model(tmp_path / "wide.gguf", n_layer=1, n_head=64, n_head_kv=64)
     env = environment(LLAMAMIX_LIB_PATH=str(library_dir()), PYTHONPATH=str(ROOT))
-    command = [sys.executable, "-c", PROGRAM, str(tiny_model_path)]
+    command = [sys.executable, "-c", PROGRAM, str(tiny_model_path), str(wide)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     shift, kept, after, hot, cold, outputs, last = result.stdout.splitlines()

@@ -20,7 +20,7 @@ from helpers.rows import Storage
 from helpers.tiering import Tiering
 from helpers.tiny_model import random_tokens, write_tiny_model
 
-from llamamix import Context, ContextFullError, KVMixedParams, MixedKVCache, Model
+from llamamix import Context, ContextFullError, KVMixedParams, MixedKVCache, Model, ggml
 from llamamix import _ffi as bindings
 
 MakeContext = Callable[..., Context]
@@ -80,6 +80,43 @@ def test_a_context_shift_in_f16(flash_attn: str, attn: str, make_context: MakeCo
     assert np.abs(actual - expected).max() < 6 * np.abs(noise).max()
     # a row that is turned by one position too many is far above that
     assert rms(noise) < 0.02
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_a_shift_leaves_rows_alone_that_do_not_move(unified: bool, make_context: MakeContext) -> None:
+    """Free cells, those of tokens that stay before and behind, and other streams; quantised rows, which are not what they
+    were when they are expanded, turned by nothing and quantised again."""
+    context = make_context(n_ctx=512, n_seq_max=2, kv_unified=unified, kv_mixed=mixed(cold="q4_0"))
+    context.decode(random_tokens(200), seq_id=0)
+    context.decode(random_tokens(100, 1), seq_id=1)
+    with MixedKVCache.from_context(context) as cache:
+        free = [c.index for c in cache.cold.cells() if c.seq_ids == (0,) and 20 <= c.pos < 28]
+        context.memory.seq_rm(0, 20, 28)
+        # blocks as no quantisation makes them, without a largest value: they would not come back as they were
+        block = np.frombuffer(np.float16(1).tobytes() + b"\x79" * 16, np.uint8)
+        for i in free:
+            cache.cold.set_k(1, i, ggml.Tensor("q4_0", (64, 2, 1), np.tile(block, 4).reshape(1, 2, 36)))
+
+        def rows(tier: Any, stream: int) -> np.ndarray:
+            return tier.get_k(1, stream).data.view(np.uint8).reshape(tier.n(stream), -1).copy()
+
+        tiers = [(tier, stream) for tier in (cache.hot, cache.cold) for stream in range(cache.n_stream)]
+        before = [rows(*which) for which in tiers]
+        context.memory.seq_add(0, 100, 197, 1)
+        context.memory.seq_add(0, 198, -1, 1)
+        moved = [np.array([c.index for c in tier.cells(stream) if c.shift]) for tier, stream in tiers]
+        used = [len(tier.cells(stream)) for tier, stream in tiers]
+        context.decode([7], seq_id=1)
+        for which, old, cells, n in zip(tiers, before, moved, used, strict=True):
+            changed = np.flatnonzero((rows(*which) != old).any(axis=1))
+            if len(cells) == 0:
+                assert len(changed) <= 1  # the new token
+            elif which[0] is cache.cold:
+                assert set(cells) <= set(changed) <= set(range(cells.min(), cells.max() + 1))
+                assert 0 < len(cells) < n and cells.min() > max(free)
+            else:
+                assert set(cells) <= set(changed) and len(changed) <= len(cells) + 1
+    assert sum(map(len, moved)) == 99
 
 
 #

@@ -6,12 +6,13 @@ import ctypes
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import cffi
 import numpy as np
 
-from llamamix import Context
+from llamamix import Context, MixedKVCache
 from llamamix import _ffi as bindings
 
 from .processes import library_dir
@@ -44,6 +45,9 @@ ffi.cdef(
                                      size_t * n);
     """
 )
+# the functions for tests alone
+_test = Path(__file__).parents[1] / "vendor" / "overlay" / "include" / "llama-kv-mixed-test.decl.h"
+ffi.cdef("struct llama_kv_mixed_cache;\n" + _test.read_text())
 _path = library_dir() / bindings._file_name("llama")
 lib: Any = ffi.dlopen(str(_path))
 
@@ -78,6 +82,26 @@ def pooled(context: Context, seq: int, n_embd: int = 128) -> np.ndarray:
     with pointer(context) as ctx:
         out = lib.llama_get_embeddings_seq(ctx, seq)
         return np.frombuffer(ffi.buffer(out, 4 * n_embd), np.float32).copy()
+
+
+def _test_function(name: str, cache: Context | MixedKVCache, n: int) -> None:
+    if isinstance(cache, Context):
+        with MixedKVCache.from_context(cache) as own:
+            return _test_function(name, own, n)
+    with cache._handle as handle:
+        pointer = ffi.cast("struct llama_kv_mixed_cache *", int(bindings.ffi.cast("uintptr_t", handle)))
+        assert getattr(lib, name)(pointer, n) == 0
+    return None
+
+
+def fail_moves(cache: Context | MixedKVCache, n: int) -> None:
+    """The next n migrations of a cache, or of a context's, can not copy their rows."""
+    _test_function("llama_kv_mixed_cache_fail_moves", cache, n)
+
+
+def fail_shift(cache: Context | MixedKVCache, n: int) -> None:
+    """The next shift of positions fails when it has computed the rows of n layers."""
+    _test_function("llama_kv_mixed_cache_fail_shift", cache, n)
 
 
 def state_get(context: Context, seq_id: int | None = None, flags: int = 0) -> bytes:

@@ -240,6 +240,55 @@ def test_an_aborted_batch(make: Callable, noise: Callable) -> None:
     assert_close(context.logits, plain.logits[n:], noise("iswa"))
 
 
+def test_an_abort_leaves_no_shift_half_done(make: Callable, noise: Callable) -> None:
+    """Wherever it comes: the layers with a sliding window are shifted as the others are, whole."""
+    context, plain = (make("iswa", kv, swa_full=True) for kv in (None, False))
+
+    def shift(c: Context) -> None:
+        c.memory.clear()
+        c.decode(TOKENS[:300])
+        c.memory.seq_rm(0, 10, 110)
+        c.memory.seq_add(0, 110, -1, -100)
+
+    shift(plain)
+    plain.decode(TOKENS[300:310], logits="all")
+    for at in range(0, 40, 3):
+        context.set_abort_callback(None)
+        shift(context)
+        calls: list[int] = []
+        context.set_abort_callback(lambda calls=calls, at=at: calls.append(1) or len(calls) > at)
+        with pytest.raises(DecodeAborted):
+            context.decode(TOKENS[300:310])
+        context.set_abort_callback(None)
+        assert context.memory.seq_pos_max() == 199
+        context.decode(TOKENS[300:310], logits="all")
+        assert_close(context.logits, plain.logits, noise("iswa"))
+
+
+@pytest.mark.parametrize("family", ("iswa", "hybrid"))
+def test_a_shift_that_fails_is_tried_again(family: str, make: Callable) -> None:
+    """After any number of layers, in the part that is mixed or the other one; no token is decoded before it is done."""
+    n_layers = {"iswa": 2 * 1 + 3, "hybrid": 2 * 2}[family]  # hot and cold, and those with a sliding window
+    context, twin = (make(family, swa_full=True, n_seq_max=2, kv_unified=True) for _ in range(2))
+    expected = b""
+    for n in range(n_layers):
+        for c in (context, twin) if n == 0 else (context,):
+            c.memory.clear()
+            c.decode(TOKENS[:300])
+            c.memory.seq_rm(0, 10, 110) if family == "iswa" else None
+            c.memory.seq_add(0, 110, -1, -100 if family == "iswa" else 50)
+        end = context.memory.seq_pos_max()
+        raw.fail_shift(context, n)
+        with pytest.raises(ContextError, match="failed to compute K-shift") as error:
+            context.decode(TOKENS[300:310])
+        assert error.value.code == -2 and context.memory.seq_pos_max() == end
+        for c in (context, twin) if n == 0 else (context,):
+            c.decode(TOKENS[300:310], logits="all")
+        expected = expected or twin.state_save()
+        np.testing.assert_array_equal(context.logits, twin.logits)
+        assert context.state_save() == expected
+
+
 def test_graphs_are_reused(make: Callable) -> None:
     context = make("iswa")
     context.decode(TOKENS[:300])
@@ -392,25 +441,87 @@ def test_a_state_of_the_other_kind(family: str, make: Callable) -> None:
             make(family, False).state_load(mixed.state_save(seq), seq)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.5, 0.999])
+@pytest.mark.parametrize("seq", [None, 0], ids=["all", "one"])
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+@pytest.mark.parametrize("flash_attn", ["on", "off"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_half_a_state_is_none(family: str, share: float, make: Callable, noise: Callable) -> None:
-    """One that ends too early, in whatever part of the memory, leaves nothing in any."""
-    context, target = make(family), make(family)
-    for c in (context, target):
-        c.decode(TOKENS[:300])
-    with context._handle as ctx:
-        size = lib.llama_state_seq_get_size(ctx, 0)
-        state = ffi.new("uint8_t[]", size)
-        assert lib.llama_state_seq_get_data(ctx, state, size, 0) == size
-    with target._handle as ctx:
-        assert lib.llama_state_seq_set_data(ctx, state, int(share * size), 0) == 0
-    assert target.memory.seq_pos_max(0) == target.memory.seq_pos_min(0) == -1
-    assert target.stats.hot_used == target.stats.cold_used == 0
-    fresh = make(family)
-    for c in (fresh, target):
-        c.decode(TOKENS[100:300], logits="all")  # from the beginning
-    assert_close(target.logits, fresh.logits, noise(family))
+def test_half_a_state_changes_nothing(
+    family: str, flash_attn: str, unified: bool, seq: int | None, make: Callable, tmp_path: Path
+) -> None:
+    """One that ends too early, in whatever part of the memory; from memory and from a file, beyond whose end libllama's
+    reader finds whatever there was before."""
+    params = {"n_seq_max": 2, "kv_unified": unified, "n_ctx": 2 * N_CTX, "swa_full": True, "type_k": "f16", "type_v": "f16"}
+    params["flash_attn"] = flash_attn
+    source, target, twin = (make(family, **params) for _ in range(3))
+    source.decode(TOKENS[:400], seq_id=0)
+    source.decode(TOKENS[:20], seq_id=1)
+    for c in (target, twin):
+        c.decode(TOKENS[500:800], seq_id=0)
+        c.decode(TOKENS[400:600], seq_id=1)
+        c.memory.seq_rm(0, 290, -1) if family != "hybrid" else None
+    state = raw.state_get(source, seq)
+    before = raw.state_get(target)
+    path = tmp_path / "state"
+
+    def load(n: int) -> int:
+        with raw.pointer(target) as ctx:
+            if seq is None:
+                raw.lib.llama_state_save_file(ctx, str(path).encode(), raw.ffi.new("int32_t[1]"), 1)
+                head = path.read_bytes()[:16]
+                path.write_bytes(head + state[:n])
+                return raw.lib.llama_state_load_file(
+                    ctx, str(path).encode(), raw.ffi.new("int32_t[1]"), 1, raw.ffi.new("size_t *")
+                )
+            raw.lib.llama_state_seq_save_file(ctx, str(path).encode(), seq, raw.ffi.NULL, 0)
+            head = path.read_bytes()[:12]
+            path.write_bytes(head + state[8:n])
+            return raw.lib.llama_state_seq_load_file(
+                ctx, str(path).encode(), seq, raw.ffi.new("int32_t[1]"), 1, raw.ffi.new("size_t *")
+            )
+
+    shares = np.linspace(0.05, 0.999, 12) * len(state)
+    for n in [100, *shares.astype(int), *(len(state) - n for n in (1, 9, 100, 1000))]:
+        assert raw.state_set(target, state[:n], seq)[0] == 0
+        assert raw.state_get(target) == before
+        assert not load(n)
+        assert raw.state_get(target) == before
+    for s in (0, 1):
+        for c in (target, twin):
+            c.decode(TOKENS[1000:1050], seq_id=s, logits="all")
+        np.testing.assert_array_equal(target.logits, twin.logits)
+    assert raw.state_set(target, state, seq)[0] == len(state)
+    assert load(len(state))
+
+
+@pytest.mark.parametrize("seq", [None, 0], ids=["all", "one"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bit_anywhere_in_a_state_counts(family: str, seq: int | None, make: Callable) -> None:
+    """In the part of upstream's making, too."""
+    context = make(family, n_seq_max=2, kv_unified=True)
+    context.decode(TOKENS[:300])
+    state, before = raw.state_get(context, seq), raw.state_get(context)
+    rng = np.random.default_rng(5)
+    first = 40 if seq is None else 8  # libllama's own header
+    places = [*rng.integers(first, len(state), 40), *rng.integers(len(state) - 3000, len(state), 20)]
+    for i in places:
+        bad = bytearray(state)
+        bad[i] ^= 1 << int(rng.integers(8))
+        assert raw.state_set(context, bytes(bad), seq)[0] == 0
+        assert raw.state_get(context) == before
+    assert raw.state_set(context, state, seq)[0] == len(state)
+
+
+@pytest.mark.parametrize("seq", [None, 0], ids=["all", "one"])
+def test_a_shift_that_is_pending_is_saved(seq: int | None, make: Callable, noise: Callable) -> None:
+    """Of layers with a sliding window as well: upstream leaves it out."""
+    source, restored = (make("iswa", swa_full=True) for _ in range(2))
+    source.decode(TOKENS[:300])
+    source.memory.seq_rm(0, 10, 50)
+    source.memory.seq_add(0, 50, -1, -40)
+    restored.state_load(source.state_save(seq), seq)
+    for c in (source, restored):
+        c.decode(TOKENS[300:350], logits="all")
+    assert_close(restored.logits, source.logits, noise("iswa"))
 
 
 #

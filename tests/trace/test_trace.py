@@ -147,7 +147,6 @@ def test_every_state_change_is_an_event(make_context: Callable[..., Context]) ->
     seen = [(e.kind.value, e.seq_ids, e.hot_used) for e in events]
     assert seen == [
         ("init", (), 8),
-        ("state_write", (0,), 8),  # how large it is
         ("state_write", (0,), 8),
         ("seq_cp", (0, 70), 8),
         ("seq_rm", (0,), 8),  # 70 has them

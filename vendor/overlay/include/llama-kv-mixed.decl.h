@@ -305,9 +305,6 @@ int32_t llama_kv_mixed_cache_rollback(struct llama_kv_mixed_cache * cache);
 // Moves the n oldest tokens of a stream that are not pinned. Returns how many were moved, fewer when cold is full.
 int32_t llama_kv_mixed_cache_move_to_cold(struct llama_kv_mixed_cache * cache, uint32_t strm, uint32_t n);
 
-// For tests: the next n migrations fail to copy their rows, and leave them where they are.
-int32_t llama_kv_mixed_cache_fail_moves(struct llama_kv_mixed_cache * cache, uint32_t n);
-
 // The state of a sequence (-1: all) as bytes. dst == NULL asks for the size. Return the number of bytes; or -1.
 int64_t llama_kv_mixed_cache_state_get(const struct llama_kv_mixed_cache * cache, int32_t seq_id, void * dst, size_t size);
 int64_t llama_kv_mixed_cache_state_set(struct llama_kv_mixed_cache * cache, int32_t seq_id, const void * src, size_t size);

@@ -218,26 +218,45 @@ uint32_t llama_kv_mixed_n_cold(const llama_kv_cache_context * mctx) {
     return mixed ? mixed->get_n_cold() : 0;
 }
 
-void llama_kv_mixed_state_read(
-       const llama_kv_cache & kv_attn,
+llama_memory_context_ptr llama_kv_mixed_init_update(llama_kv_cache & kv_attn, llama_kv_cache & kv, llama_context * lctx, bool optimize) {
+    auto * mixed = dynamic_cast<llama_kv_cache_mixed *>(&kv_attn);
+
+    return mixed ? mixed->init_update(lctx, kv) : kv.init_update(lctx, optimize);
+}
+
+llama_memory_status llama_kv_mixed_status_failed(const llama_kv_cache & kv) {
+    const auto * mixed = dynamic_cast<const llama_kv_cache_mixed *>(&kv);
+
+    return mixed && mixed->is_shift_pending() ? LLAMA_MEMORY_STATUS_FAILED_COMPUTE : LLAMA_MEMORY_STATUS_FAILED_PREPARE;
+}
+
+void llama_kv_mixed_state_write(
+             llama_kv_cache & kv_attn,
              llama_memory_i & part,
-             llama_memory_i & rest,
+           llama_io_write_i & io,
+               llama_seq_id   seq_id,
+      llama_state_seq_flags   flags) {
+    if (const auto * mixed = dynamic_cast<const llama_kv_cache_mixed *>(&kv_attn)) {
+        mixed->state_write_rest(io, seq_id, flags, part);
+    } else {
+        part.state_write(io, seq_id, flags);
+    }
+}
+
+void llama_kv_mixed_state_read(
+             llama_kv_cache & kv_attn,
+             llama_memory_i & part,
             llama_io_read_i & io,
                llama_seq_id   seq_id,
       llama_state_seq_flags   flags) {
-    try {
+    auto * mixed = dynamic_cast<llama_kv_cache_mixed *>(&kv_attn);
+
+    if (!mixed) {
         part.state_read(io, seq_id, flags);
-    } catch (...) {
-        if (dynamic_cast<const llama_kv_cache_mixed *>(&kv_attn)) {
-            for (llama_memory_i * mem : { &part, &rest }) {
-                if (seq_id == -1) {
-                    mem->clear(true);
-                } else {
-                    mem->seq_rm(seq_id, -1, -1);
-                }
-            }
-        }
-        throw;
+    } else if (&part == &kv_attn) {
+        mixed->state_read_part(io, seq_id, flags);
+    } else {
+        mixed->state_read_rest(io, seq_id, flags, part);
     }
 }
 

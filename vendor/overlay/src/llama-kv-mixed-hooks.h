@@ -72,12 +72,26 @@ uint32_t llama_kv_mixed_n_ctx_seq(const llama_kv_cache & kv);
 // cold cells in view, 0 for other caches
 uint32_t llama_kv_mixed_n_cold(const llama_kv_cache_context * mctx);
 
-// reads the state of one part of a memory, another part being the rest of it
-// when that fails, and the attention is mixed, both are left empty: half a state is none
-void llama_kv_mixed_state_read(
-       const llama_kv_cache & kv_attn,
+// the update of a part of a memory whose attention has another cache: a mixed one carries it out, see llama_kv_cache_mixed
+llama_memory_context_ptr llama_kv_mixed_init_update(llama_kv_cache & kv_attn, llama_kv_cache & kv, llama_context * lctx, bool optimize);
+
+// what init_batch() reports when prepare() found no way: that it does not fit; or, of a mixed cache, that rows and positions
+// do not belong together, because the update before this has failed
+llama_memory_status llama_kv_mixed_status_failed(const llama_kv_cache & kv);
+
+// writes the state of a part of a memory beside the attention's cache, with a checksum where that is mixed
+void llama_kv_mixed_state_write(
+             llama_kv_cache & kv_attn,
              llama_memory_i & part,
-             llama_memory_i & rest,
+           llama_io_write_i & io,
+               llama_seq_id   seq_id,
+      llama_state_seq_flags   flags);
+
+// reads the state of one part of a memory: of the attention's cache, or of the rest of it after that
+// where the attention is mixed, a failure leaves all parts as they were, see llama_kv_cache_mixed::state_read_part()
+void llama_kv_mixed_state_read(
+             llama_kv_cache & kv_attn,
+             llama_memory_i & part,
             llama_io_read_i & io,
                llama_seq_id   seq_id,
       llama_state_seq_flags   flags);

@@ -111,3 +111,22 @@ void llama_kv_cache_mixed_context::set_input_kq_mask(ggml_tensor * dst, const ll
     }
     fill(kv_mixed->get_hot(), get_n_kv());
 }
+
+//
+// llama_kv_cache_rest_context
+//
+
+llama_kv_cache_rest_context::llama_kv_cache_rest_context(
+        llama_kv_cache_mixed * kv_mixed,
+        llama_kv_cache * kv,
+        llama_context * lctx,
+        bool do_shift,
+        stream_copy_info sc_info) :
+    llama_kv_cache_context(kv, lctx, do_shift, sc_info),
+    kv_mixed(kv_mixed), kv_rest(kv), lctx_rest(lctx), sc_info_rest(std::move(sc_info)) {
+}
+
+bool llama_kv_cache_rest_context::apply() {
+    // (a NO_UPDATE status means that it is another part that has something to do)
+    return kv_mixed->update(lctx_rest, *kv_rest, sc_info_rest);
+}

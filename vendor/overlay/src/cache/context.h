@@ -67,3 +67,27 @@ private:
     // for the current ubatch
     uint32_t n_cold = 0;
 };
+
+//
+// llama_kv_cache_rest_context
+//
+
+// the update of a cache beside a mixed one, which carries it out
+class llama_kv_cache_rest_context : public llama_kv_cache_context {
+public:
+    llama_kv_cache_rest_context(
+            llama_kv_cache_mixed * kv_mixed,
+            llama_kv_cache * kv,
+            llama_context * lctx,
+            bool do_shift,
+            stream_copy_info sc_info);
+
+    bool apply() override;
+
+private:
+    llama_kv_cache_mixed * const kv_mixed;
+    llama_kv_cache       * const kv_rest;
+    llama_context        * const lctx_rest;
+
+    const stream_copy_info sc_info_rest;
+};

@@ -2,6 +2,7 @@
 
 #include "cache/context.h"
 #include "cache/params.h"
+#include "llama-kv-mixed-hooks.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -354,11 +355,6 @@ llama_kv_mixed_event llama_kv_cache_mixed::make_event(
 llama_memory_context_ptr llama_kv_cache_mixed::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
     GGML_UNUSED(embd_all);
 
-    // the update before this has failed: rows and positions do not belong together
-    if (kv_hot->get_has_shift() || kv_cold->get_has_shift()) {
-        return std::make_unique<llama_kv_cache_mixed_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
-    }
-
     balloc.split_reset();
 
     std::vector<llama_ubatch> ubatches;
@@ -379,7 +375,7 @@ llama_memory_context_ptr llama_kv_cache_mixed::init_batch(llama_batch_allocr & b
 
     auto sinfos = prepare(ubatches);
     if (sinfos.empty()) {
-        return std::make_unique<llama_kv_cache_mixed_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+        return std::make_unique<llama_kv_cache_mixed_context>(llama_kv_mixed_status_failed(*this));
     }
 
     return std::make_unique<llama_kv_cache_mixed_context>(this, std::move(sinfos), std::move(ubatches));
@@ -401,6 +397,12 @@ llama_memory_context_ptr llama_kv_cache_mixed::init_update(llama_context * lctx,
     return std::make_unique<llama_kv_cache_mixed_context>(this, lctx, do_shift);
 }
 
+llama_memory_context_ptr llama_kv_cache_mixed::init_update(llama_context * lctx, llama_kv_cache & kv) {
+    kv_rest = &kv;
+
+    return std::make_unique<llama_kv_cache_rest_context>(this, &kv, lctx, kv.get_has_shift(), std::move(kv.sc_info));
+}
+
 bool llama_kv_cache_mixed::get_can_shift() const {
     return llama_kv_cache::get_can_shift() && kv_cold->get_can_shift();
 }
@@ -408,6 +410,8 @@ bool llama_kv_cache_mixed::get_can_shift() const {
 void llama_kv_cache_mixed::clear(bool data) {
     llama_kv_cache::clear(data);
     kv_cold->clear(data);
+
+    shift_jobs.clear();
 
     if (trace->is_on()) {
         trace->push(make_event(LLAMA_KV_MIXED_EVENT_CLEAR, -1));
@@ -447,6 +451,8 @@ void llama_kv_cache_mixed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_d
                 ggml_backend_tensor_copy(layer.k_stream[sc_info.ssrc[i]], layer.k_stream[sc_info.sdst[i]]);
                 ggml_backend_tensor_copy(layer.v_stream[sc_info.ssrc[i]], layer.v_stream[sc_info.sdst[i]]);
             }
+
+            copy_shift_jobs(*kv, sc_info.ssrc[i], sc_info.sdst[i]);
         }
     }
 
@@ -504,11 +510,6 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_mixed::memory_breakd
     }
 
     return res;
-}
-
-void llama_kv_cache_mixed::state_clear(llama_seq_id seq_id) {
-    kv_cold->state_clear(seq_id);
-    llama_kv_cache::state_clear(seq_id);
 }
 
 //

@@ -96,6 +96,7 @@ public:
     // returns as many empty slot infos, none when the ubatches do not fit
     slot_info_vec_t prepare(const std::vector<llama_ubatch> & ubatches) override;
 
+    // undo a state_read_part() whose memory could not be read to the end; else: nothing of the sequence (-1: of all) is left
     void state_clear(llama_seq_id seq_id) override;
 
     //
@@ -161,11 +162,35 @@ public:
     // for tests: the next n migrations fail to copy their rows
     void fail_moves(uint32_t n);
 
-    // carry out pending position shifts
+    // for tests: the next shift fails when it has computed the rows of n layers
+    void fail_shift(uint32_t n) { n_shift_fail = n; }
+
+    //
+    // position shifts, see shift.cpp
+    //
+
+    // carry out those that are pending in hot and cold; false: not all of them, the next call goes on
     bool update(llama_context * lctx);
 
-    // rotate K rows of hot and cold to their new positions
-    ggml_cgraph * build_graph_shift(llm_graph_result * res, llama_context * lctx) const;
+    // the same for another part of the memory, after its copies of streams
+    bool update(llama_context * lctx, llama_kv_cache & kv, const stream_copy_info & sc_info);
+
+    // the update of a part of the memory that is not mixed: this cache does it, so that it is done or tried again
+    llama_memory_context_ptr init_update(llama_context * lctx, llama_kv_cache & kv);
+
+    // rows and positions do not belong together, here or in that other part: an update has failed, or has yet to come
+    bool is_shift_pending() const;
+
+    // The state of a memory that this cache is a part of: this part, then the rest of it with a checksum of its own. When one
+    // of the two below throws, both parts are as they were (llama_memory_hybrid calls state_clear() by itself for that).
+    void state_write_rest(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags, llama_memory_i & rest) const;
+
+    void state_read_part(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
+    void state_read_rest(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags, llama_memory_i & rest);
+
+    // complete a shift that has stopped half way, and all that is pending in another part of the memory; false: that failed
+    // (again), and rows must neither be read nor moved
+    bool finish_shift(llama_kv_cache * rest = nullptr) const;
 
 private:
     // what the constructor makes of the parameters it is given
@@ -273,6 +298,57 @@ private:
            const llama_kv_cells::seq_set_t & seqs);
 
     //
+    // position shifts, see shift.cpp
+    //
+
+    struct shift_devices;
+    struct shift_graph;
+
+    // how far cells [first, first + shift.size()) of a stream have moved, and in how many layers their rows have followed
+    struct shift_job {
+        llama_kv_cache * kv;
+
+        uint32_t strm;
+        uint32_t first;
+
+        std::vector<llama_pos> shift;
+
+        size_t n_done;
+    };
+
+    // those that have stopped half way: some layers are done, others are not
+    std::vector<shift_job> shift_jobs;
+
+    // made once, for the first shift
+    std::shared_ptr<shift_devices> shift_devs;
+
+    // the part of the memory that is not mixed and has positions to shift, null: there is none, or it never had an update
+    llama_kv_cache * kv_rest = nullptr;
+
+    // layers until the next failure, below 0: there is none to come
+    int64_t n_shift_fail = -1;
+
+    // what is pending in the cells of a cache
+    static void add_shift_jobs(llama_kv_cache & kv, std::vector<shift_job> & jobs);
+
+    shift_graph build_shift(llama_context * lctx, const shift_job & job, size_t i_layer) const;
+
+    // one layer, all of it or nothing
+    bool compute_shift(llama_context * lctx, ggml_backend_sched_t sched, const shift_job & job, size_t i_layer);
+
+    // takes jobs away that are done; false: those that are left are not
+    bool run_shift_jobs(llama_context * lctx, std::vector<shift_job> & jobs);
+
+    // all layers are done: the cells have no more to shift than what was added since
+    static void settle_shift(const shift_job & job);
+
+    // the rows of a stream were copied to another one as they are
+    void copy_shift_jobs(const llama_kv_cache & kv, uint32_t ssrc, uint32_t sdst);
+
+    // first what has stopped half way in any cache, then all of these
+    bool shift(llama_context * lctx, const std::vector<llama_kv_cache *> & kvs);
+
+    //
     // state, see state.cpp
     //
 
@@ -291,6 +367,16 @@ private:
     // put cells in place, those of hot and of cold, and read their rows
     template <typename R>
     void state_apply(R & in, const state_tier * tiers, llama_seq_id seq_id, bool on_device);
+
+    // what was there before the state that is being read, see undo.h
+    class undo;
+
+    std::shared_ptr<undo> state_undo;
+
+    // the copies of rows that the context keeps on the device, one for each sequence, by the states that they belong to
+    mutable std::map<llama_seq_id, uint32_t> device_copies;
+
+    mutable uint32_t n_device_copies = 0;
 
     // a tensor as mere bytes: buffers that keep rows on the device count in elements, which blocks of quantised ones are not
     ggml_tensor * as_bytes(ggml_tensor * t) const;

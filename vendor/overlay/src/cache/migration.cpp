@@ -94,6 +94,10 @@ bool llama_kv_cache_mixed::make_room(uint32_t strm, uint32_t n) {
 }
 
 llama_kv_cache_mixed::slot_info llama_kv_cache_mixed::find_slot(const llama_ubatch & ubatch) {
+    if (!finish_shift()) {
+        return {};
+    }
+
     const auto shares = get_shares(ubatch);
 
     for (const auto & sh : shares) {
@@ -277,6 +281,10 @@ uint32_t llama_kv_cache_mixed::move_tokens_to_cold_cache(
                            uint32_t   n,
              llama_kv_mixed_trigger   trigger,
         const std::vector<uint32_t> & in_flight) {
+    if (!finish_shift()) {
+        return 0;
+    }
+
     const int64_t t_start_us = ggml_time_us();
 
     const migration mig = pick(strm, n, in_flight);

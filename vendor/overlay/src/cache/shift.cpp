@@ -1,4 +1,8 @@
 // K rows are rotated to the new positions of their tokens (K-shift)
+//
+// A shift that stopped half way must neither be done again nor be forgotten. So rows are computed layer by layer beside
+// the old ones, and put in place when a whole layer is there; of a stream whose layers are not all done it is remembered
+// which are, and the next attempt goes on with the others.
 
 #include "cache/kv-cache-mixed.h"
 
@@ -6,160 +10,330 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
-class llm_graph_input_k_shift_mixed : public llm_graph_input_i {
-public:
-    llm_graph_input_k_shift_mixed(const llama_kv_cache * kv) : kv(kv) {}
-    virtual ~llm_graph_input_k_shift_mixed() = default;
+#include <algorithm>
 
-    void set_input(const llama_ubatch * ubatch) override {
-        GGML_UNUSED(ubatch);
+// The devices of a context's scheduler, with backends of their own: those of a context heed its abort callback, and a
+// shift would be left half done more often than need be.
+struct llama_kv_cache_mixed::shift_devices {
+    std::vector<ggml_backend_ptr>           backends;
+    std::vector<ggml_backend_buffer_type_t> bufts;
 
-        if (k_shift->buffer) {
-            kv->set_input_k_shift(k_shift);
-        }
-        if (k_rot && k_rot->buffer) {
-            kv->set_input_k_rot(k_rot);
-        }
-    }
-
-    ggml_tensor * k_shift; // I32 [kv_size*n_stream]
-    ggml_tensor * k_rot;   // F32 [n_rot, n_rot], null when the rows are not rotated
-
-    const llama_kv_cache * kv;
-};
-
-ggml_cgraph * llama_kv_cache_mixed::build_graph_shift(llm_graph_result * res, llama_context * lctx) const {
-    auto * ctx = res->get_ctx();
-    auto * gf  = res->get_gf();
-
-    const auto & cparams = lctx->get_cparams();
-
-    for (const llama_kv_cache * kv : { kv_hot, kv_cold.get() }) {
-        auto inp = std::make_unique<llm_graph_input_k_shift_mixed>(kv);
-
-        const int64_t n_cells = (int64_t) kv->get_size()*kv->get_n_stream();
-
-        inp->k_shift = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_cells);
-        ggml_set_input(inp->k_shift);
-
-        inp->k_rot = kv->build_input_k_rot(ctx);
-
-        for (const auto & layer : kv->layers) {
-            const uint32_t il = layer.il;
-
-            if (!hparams.has_rope(il)) {
-                continue;
-            }
-
-            const int64_t n_head_kv   = hparams.n_head_kv(il);
-            const int64_t n_embd_head = hparams.n_embd_head_k(il);
-            const int64_t n_rot       = hparams.n_rot(il);
-            const int64_t n_nope      = hparams.n_lora_kv > 0 ? n_embd_head - n_rot : 0;
-
-            ggml_tensor * k = ggml_view_3d(ctx, layer.k, n_embd_head, n_head_kv, n_cells,
-                    ggml_row_size(layer.k->type, n_embd_head),
-                    ggml_row_size(layer.k->type, n_embd_head*n_head_kv), 0);
-
-            ggml_tensor * cur = ggml_cast(ctx, k, GGML_TYPE_F32);
-
-            if (inp->k_rot) {
-                cur = llama_mul_mat_hadamard(ctx, cur, inp->k_rot);
-            }
-
-            // the part of each head that carries the position
-            ggml_tensor * rope = ggml_view_3d(ctx, cur, n_rot, n_head_kv, n_cells, cur->nb[1], cur->nb[2], n_nope*cur->nb[0]);
-
-            rope = ggml_rope_ext_inplace(ctx, rope, inp->k_shift, model.get_rope_factors(cparams, il),
-                    n_rot, hparams.rope_type, cparams.n_ctx_orig_yarn,
-                    model.get_rope_freq_base(cparams, il), model.get_rope_freq_scale(cparams, il),
-                    cparams.yarn_ext_factor, cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
-
-            // what follows reads the rows that this has changed in place
-            ggml_build_forward_expand(gf, rope);
-
-            if (inp->k_rot) {
-                cur = llama_mul_mat_hadamard(ctx, cur, inp->k_rot);
-            }
-
-            ggml_build_forward_expand(gf, ggml_cpy(ctx, cur, k));
-        }
-
-        res->add_input(std::move(inp));
-    }
-
-    return gf;
-}
-
-// A scheduler over the devices of another one, with backends of its own: those of a context heed its abort callback, and a
-// shift that was cut short could neither be finished nor undone.
-struct shift_sched {
-    std::vector<ggml_backend_ptr> backends;
-
-    ggml_backend_sched_ptr sched; // null: out of memory
-
-    shift_sched(ggml_backend_sched_t other, int n_threads, size_t graph_size) {
-        std::vector<ggml_backend_t>             ptrs;
-        std::vector<ggml_backend_buffer_type_t> bufts;
-
+    // throws std::runtime_error when a backend can not be made
+    explicit shift_devices(ggml_backend_sched_t other) {
         for (int i = 0; i < ggml_backend_sched_get_n_backends(other); ++i) {
-            ggml_backend_t backend = ggml_backend_sched_get_backend(other, i);
-
-            ggml_backend_dev_t dev = ggml_backend_get_device(backend);
+            ggml_backend_t     backend = ggml_backend_sched_get_backend(other, i);
+            ggml_backend_dev_t dev     = ggml_backend_get_device(backend);
 
             backends.emplace_back(ggml_backend_dev_init(dev, nullptr));
             if (!backends.back()) {
-                return;
+                throw std::runtime_error(format("failed to initialize %s for K-shift", ggml_backend_dev_name(dev)));
             }
 
-            ptrs .push_back(backends.back().get());
             bufts.push_back(ggml_backend_sched_get_buffer_type(other, backend));
+        }
+    }
 
-            auto * set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
-                    ggml_backend_dev_backend_reg(dev), "ggml_backend_set_n_threads");
-            if (set_n_threads) {
-                set_n_threads(ptrs.back(), n_threads);
+    void set_n_threads(int n_threads) const {
+        for (const auto & backend : backends) {
+            auto * set = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
+                    ggml_backend_dev_backend_reg(ggml_backend_get_device(backend.get())), "ggml_backend_set_n_threads");
+            if (set) {
+                set(backend.get(), n_threads);
             }
         }
+    }
 
-        sched.reset(ggml_backend_sched_new(ptrs.data(), bufts.data(), ptrs.size(), graph_size, false, false));
+    // null: out of memory
+    ggml_backend_sched_ptr new_sched() {
+        std::vector<ggml_backend_t> ptrs;
+        for (const auto & backend : backends) {
+            ptrs.push_back(backend.get());
+        }
+
+        // a graph is one layer
+        return ggml_backend_sched_ptr(ggml_backend_sched_new(ptrs.data(), bufts.data(), ptrs.size(), 128, false, false));
     }
 };
 
-bool llama_kv_cache_mixed::update(llama_context * lctx) {
+// the rows of one layer, from the first to the last cell of a stream that has moved
+struct llama_kv_cache_mixed::shift_graph {
+    ggml_cgraph * gf;
+
+    ggml_tensor * shift; // I32 [n]
+    ggml_tensor * rot;   // F32 [n_rot, n_rot], null when the rows are not rotated
+
+    ggml_tensor * rows;  // in the cache
+    ggml_tensor * res;   // what they are to be
+};
+
+llama_kv_cache_mixed::shift_graph llama_kv_cache_mixed::build_shift(llama_context * lctx, const shift_job & job, size_t i_layer) const {
+    const auto & layer   = job.kv->layers[i_layer];
+    const auto & cparams = lctx->get_cparams();
+
+    const uint32_t il = layer.il;
+
+    auto * graph = lctx->get_gf_res_reserve();
+    graph->reset();
+
+    auto * ctx = graph->get_ctx();
+
+    const int64_t n           = job.shift.size();
+    const int64_t n_head_kv   = hparams.n_head_kv(il);
+    const int64_t n_embd_head = hparams.n_embd_head_k(il);
+    const int64_t n_rot       = hparams.n_rot(il);
+    const int64_t n_nope      = hparams.n_lora_kv > 0 ? n_embd_head - n_rot : 0;
+
+    ggml_tensor * k = layer.k_stream[job.strm];
+
+    const size_t size_head = ggml_row_size(k->type, n_embd_head);
+    const size_t size_row  = ggml_row_size(k->type, n_embd_head*n_head_kv);
+
+    shift_graph res;
+
+    res.gf    = graph->get_gf();
+    res.shift = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
+    res.rot   = job.kv->build_input_k_rot(ctx);
+    res.rows  = ggml_view_3d(ctx, k, n_embd_head, n_head_kv, n, size_head, size_row, job.first*size_row);
+
+    ggml_set_input(res.shift);
+
+    ggml_tensor * cur = ggml_cast(ctx, res.rows, GGML_TYPE_F32);
+
+    if (res.rot) {
+        cur = llama_mul_mat_hadamard(ctx, cur, res.rot);
+    }
+
+    // the part of each head that carries the position
+    ggml_tensor * rope = ggml_view_3d(ctx, cur, n_rot, n_head_kv, n, cur->nb[1], cur->nb[2], n_nope*cur->nb[0]);
+
+    rope = ggml_rope_ext_inplace(ctx, rope, res.shift, model.get_rope_factors(cparams, il),
+            n_rot, hparams.rope_type, cparams.n_ctx_orig_yarn,
+            model.get_rope_freq_base(cparams, il), model.get_rope_freq_scale(cparams, il),
+            cparams.yarn_ext_factor, cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+
+    // what follows reads the rows that this has changed in place
+    ggml_build_forward_expand(res.gf, rope);
+
+    if (res.rot) {
+        cur = llama_mul_mat_hadamard(ctx, cur, res.rot);
+    }
+
+    res.res = ggml_cast(ctx, cur, k->type);
+
+    ggml_set_output(res.res);
+    ggml_build_forward_expand(res.gf, res.res);
+
+    return res;
+}
+
+bool llama_kv_cache_mixed::compute_shift(llama_context * lctx, ggml_backend_sched_t sched, const shift_job & job, size_t i_layer) {
+    const shift_graph g = build_shift(lctx, job, i_layer);
+
+    ggml_backend_sched_reset(sched);
+
+    if (!ggml_backend_sched_alloc_graph(sched, g.gf)) {
+        LLAMA_LOG_ERROR("%s: failed to allocate compute graph for K-shift\n", __func__);
+        return false;
+    }
+
+    ggml_backend_tensor_set(g.shift, job.shift.data(), 0, ggml_nbytes(g.shift));
+    if (g.rot) {
+        job.kv->set_input_k_rot(g.rot);
+    }
+
+    const bool is_failing = n_shift_fail == 0;
+    n_shift_fail -= n_shift_fail >= 0;
+
+    if (ggml_backend_sched_graph_compute(sched, g.gf) != GGML_STATUS_SUCCESS || is_failing) {
+        LLAMA_LOG_ERROR("%s: failed to compute K-shift\n", __func__);
+        return false;
+    }
+
+    ggml_backend_tensor_copy(g.res, g.rows);
+
+    return true;
+}
+
+void llama_kv_cache_mixed::settle_shift(const shift_job & job) {
+    auto & cells = job.kv->v_cells[job.strm];
+
+    // what was added since the shift began
+    std::vector<llama_pos> rest(cells.size(), 0);
+
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        if (!cells.is_empty(i)) {
+            const bool is_part = i >= job.first && i < job.first + job.shift.size();
+
+            rest[i] = cells.get_shift(i) - (is_part ? job.shift[i - job.first] : 0);
+        }
+    }
+
+    cells.reset_shift();
+
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        if (rest[i] != 0) {
+            const llama_pos                 pos  = cells.pos_get(i);
+            const llama_kv_cell_ext         ext  = cells.ext_get(i);
+            const llama_kv_cells::seq_set_t seqs = cells.seq_get_all(i);
+
+            cells.rm(i);
+            set_cell(cells, i, pos, rest[i], ext, seqs);
+        }
+    }
+}
+
+void llama_kv_cache_mixed::add_shift_jobs(llama_kv_cache & kv, std::vector<shift_job> & jobs) {
+    for (uint32_t s = 0; s < kv.get_n_stream(); ++s) {
+        auto & cells = kv.v_cells[s];
+
+        if (!cells.get_has_shift()) {
+            continue;
+        }
+
+        uint32_t first = cells.size();
+        uint32_t end   = 0;
+
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            if (!cells.is_empty(i) && cells.get_shift(i) != 0) {
+                first = std::min(first, i);
+                end   = i + 1;
+            }
+        }
+
+        shift_job job = { &kv, s, std::min(first, end), {}, 0 };
+
+        for (uint32_t i = job.first; i < end; ++i) {
+            job.shift.push_back(cells.is_empty(i) ? 0 : cells.get_shift(i));
+        }
+
+        jobs.push_back(std::move(job));
+    }
+}
+
+bool llama_kv_cache_mixed::run_shift_jobs(llama_context * lctx, std::vector<shift_job> & jobs) {
+    const auto has_rows = [this](const shift_job & job, size_t i_layer) {
+        return hparams.rope_type != LLAMA_ROPE_TYPE_NONE && !job.shift.empty() && hparams.has_rope(job.kv->layers[i_layer].il);
+    };
+
+    // the rows may still be on their way
+    ggml_backend_sched_synchronize(lctx->get_sched());
+
+    if (!shift_devs) {
+        try {
+            shift_devs = std::make_shared<shift_devices>(lctx->get_sched());
+        } catch (const std::exception & err) {
+            LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+            return false;
+        }
+    }
+
+    shift_devs->set_n_threads(lctx->n_threads());
+
+    // its memory is not kept
+    const ggml_backend_sched_ptr sched = shift_devs->new_sched();
+
+    // all memory before the first change
+    bool res = sched != nullptr;
+
+    for (const auto & job : jobs) {
+        for (size_t i = job.n_done; i < job.kv->layers.size() && res; ++i) {
+            res = !has_rows(job, i) || ggml_backend_sched_reserve(sched.get(), build_shift(lctx, job, i).gf);
+        }
+    }
+
+    if (!res) {
+        LLAMA_LOG_ERROR("%s: failed to allocate compute graph for K-shift\n", __func__);
+        return false;
+    }
+
+    while (!jobs.empty()) {
+        auto & job = jobs.front();
+
+        for (; job.n_done < job.kv->layers.size(); ++job.n_done) {
+            if (has_rows(job, job.n_done) && !compute_shift(lctx, sched.get(), job, job.n_done)) {
+                return false;
+            }
+        }
+
+        settle_shift(job);
+
+        jobs.erase(jobs.begin());
+    }
+
+    return true;
+}
+
+bool llama_kv_cache_mixed::finish_shift(llama_kv_cache * rest) const {
+    if (shift_jobs.empty() && !rest) {
+        return true;
+    }
+
+    // (what it changes is not what the cache holds)
+    auto & self = const_cast<llama_kv_cache_mixed &>(*this);
+
+    return lctx && (rest ? self.shift(lctx, { rest }) : self.shift(lctx, {}));
+}
+
+bool llama_kv_cache_mixed::shift(llama_context * lctx, const std::vector<llama_kv_cache *> & kvs) {
+    if (!shift_jobs.empty() && !run_shift_jobs(lctx, shift_jobs)) {
+        return false;
+    }
+
+    std::vector<shift_job> jobs;
+
+    for (llama_kv_cache * kv : kvs) {
+        add_shift_jobs(*kv, jobs);
+    }
+
+    if (jobs.empty()) {
+        return true;
+    }
+
     if (!get_can_shift()) {
         LLAMA_LOG_ERROR("%s: this model does not support moving tokens to other positions\n", __func__);
         return false;
     }
 
-    if (hparams.rope_type != LLAMA_ROPE_TYPE_NONE) {
-        // the rows may still be on their way
-        ggml_backend_sched_synchronize(lctx->get_sched());
-
-        auto * res = lctx->get_gf_res_reserve();
-        res->reset();
-
-        auto * gf = build_graph_shift(res, lctx);
-
-        const shift_sched own(lctx->get_sched(), lctx->n_threads(), ggml_graph_size(gf));
-
-        if (!own.sched || !ggml_backend_sched_alloc_graph(own.sched.get(), gf)) {
-            LLAMA_LOG_ERROR("%s: failed to allocate compute graph for K-shift\n", __func__);
-            return false;
-        }
-
-        res->set_inputs(nullptr);
-
-        if (ggml_backend_sched_graph_compute(own.sched.get(), gf) != GGML_STATUS_SUCCESS) {
-            LLAMA_LOG_ERROR("%s: failed to compute K-shift\n", __func__);
-            return false;
-        }
+    if (run_shift_jobs(lctx, jobs)) {
+        return true;
     }
 
-    for (llama_kv_cache * kv : { kv_hot, kv_cold.get() }) {
-        for (auto & cells : kv->v_cells) {
-            cells.reset_shift();
-        }
+    // those that have not begun are still what their cells say
+    jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](const shift_job & job) { return job.n_done == 0; }), jobs.end());
+
+    shift_jobs = std::move(jobs);
+
+    return false;
+}
+
+bool llama_kv_cache_mixed::update(llama_context * lctx) {
+    return shift(lctx, { kv_hot, kv_cold.get() });
+}
+
+bool llama_kv_cache_mixed::update(llama_context * lctx, llama_kv_cache & kv, const stream_copy_info & sc_info) {
+    // copies of streams are upstream's; where a shift of the source is half done, so it is of the copy
+    kv.update(lctx, false, sc_info);
+
+    for (size_t i = 0; i < sc_info.ssrc.size(); ++i) {
+        copy_shift_jobs(kv, sc_info.ssrc[i], sc_info.sdst[i]);
     }
 
-    return true;
+    return shift(lctx, { &kv });
+}
+
+void llama_kv_cache_mixed::copy_shift_jobs(const llama_kv_cache & kv, uint32_t ssrc, uint32_t sdst) {
+    shift_jobs.erase(std::remove_if(shift_jobs.begin(), shift_jobs.end(), [&](const shift_job & job) {
+        return job.kv == &kv && job.strm == sdst;
+    }), shift_jobs.end());
+
+    for (size_t i = 0; i < shift_jobs.size(); ++i) {
+        if (shift_jobs[i].kv == &kv && shift_jobs[i].strm == ssrc) {
+            shift_jobs.push_back(shift_jobs[i]);
+            shift_jobs.back().strm = sdst;
+        }
+    }
+}
+
+bool llama_kv_cache_mixed::is_shift_pending() const {
+    return kv_hot->get_has_shift() || kv_cold->get_has_shift() || (kv_rest && kv_rest->get_has_shift()) || !shift_jobs.empty();
 }

@@ -186,6 +186,10 @@ std::string llama_kv_cache_mixed::get_misfit(const std::vector<llama_ubatch> & u
 }
 
 llama_kv_cache_mixed::slot_info_vec_t llama_kv_cache_mixed::prepare(const std::vector<llama_ubatch> & ubatches) {
+    if (is_shift_pending()) {
+        return {};
+    }
+
     const std::string misfit = get_misfit(ubatches);
 
     if (misfit.empty()) {

@@ -2,9 +2,10 @@
 
 #include "cache/kv-cache-mixed.h"
 #include "cache/overflow.h"
+#include "cache/state-io.h"
+#include "cache/undo.h"
 
 #include "llama-impl.h"
-#include "llama-io.h"
 
 #include <algorithm>
 #include <cinttypes>
@@ -20,6 +21,7 @@
 //   checksum of all that
 //   hot, cold: for each stream its rows, K layer by layer, then V
 //   checksum of the rows
+//   beside sliding windows or recurrent layers: their part as upstream writes it, and its checksum
 //
 // Cells come first and are checked as a whole: nothing changes before it is known that the state can be taken. Upstream's
 // format leaves pending shifts out, although its K rows are those from before the shift.
@@ -28,117 +30,11 @@
 // a plain cache's state begins with its number of streams, which no magic can be taken for
 struct llama_kv_mixed_state_header {
     uint32_t magic     = 0x78696d6b; // "kmix"
-    uint32_t version   = 3;
+    uint32_t version   = 4;
     uint32_t n_stream  = 1;          // 1 for a single sequence
     uint32_t whole     = 0;          // 1: all sequences
-    uint32_t on_device = 0;          // 1: the rows are kept elsewhere
+    uint32_t on_device = 0;          // the copy of the rows that was left on the device, 0: they are in the state
 };
-
-// a change within one 8-byte word always shows, any other one but for once in 2^64
-class state_checksum {
-public:
-    void add(const void * data, size_t size) {
-        const auto * p = (const uint8_t *) data;
-
-        for (; size >= 8; size -= 8, p += 8) {
-            uint64_t w;
-            memcpy(&w, p, 8);
-            mix(w);
-        }
-
-        if (size > 0) {
-            uint64_t w = 0;
-            memcpy(&w, p, size);
-            mix(w);
-        }
-    }
-
-    uint64_t get() const {
-        return h;
-    }
-
-private:
-    uint64_t h = 0x78696d6b;
-
-    void mix(uint64_t w) {
-        h  = (h ^ w)*0x9e3779b97f4a7c15ull;
-        h ^= h >> 32;
-    }
-};
-
-// what follows each other in the state, and its checksum
-
-class state_writer {
-public:
-    state_writer(llama_io_write_i & io) : io(io) {}
-
-    template <typename T>
-    void put(const T & x) {
-        put(&x, sizeof(x));
-    }
-
-    void put(const void * data, size_t size) {
-        sum.add(data, size);
-        io.write(data, size);
-    }
-
-    void end() {
-        const uint64_t h = sum.get();
-        io.write(&h, sizeof(h));
-        sum = {};
-    }
-
-    llama_io_write_i & io;
-
-private:
-    state_checksum sum;
-};
-
-class state_reader {
-public:
-    state_reader(llama_io_read_i & io) : io(io) {}
-
-    template <typename T>
-    T get() {
-        T x;
-        get(&x, sizeof(x));
-        return x;
-    }
-
-    void get(void * data, size_t size) {
-        io.read(data, size);
-        sum.add(data, size);
-    }
-
-    void end() {
-        uint64_t h;
-        io.read(&h, sizeof(h));
-        if (h != sum.get()) {
-            throw std::runtime_error("the state is damaged: its checksum is another one");
-        }
-        sum = {};
-    }
-
-    llama_io_read_i & io;
-
-private:
-    state_checksum sum;
-};
-
-// calls f(first, n) for runs of adjacent cells
-template <typename F>
-static void for_each_run(const std::vector<uint32_t> & idxs, F f) {
-    for (size_t i = 0; i < idxs.size();) {
-        size_t n = 1;
-        while (i + n < idxs.size() && idxs[i + n] == idxs[i] + n) {
-            n++;
-        }
-
-        f(idxs[i], n);
-
-        i += n;
-    }
-}
 
 ggml_tensor * llama_kv_cache_mixed::as_bytes(ggml_tensor * t) const {
     const auto it = bytes.find(t);
@@ -174,6 +70,10 @@ ggml_tensor * llama_kv_cache_mixed::as_bytes(ggml_tensor * t) const {
 //
 
 void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    if (!finish_shift()) {
+        throw std::runtime_error("a shift of positions has failed, and does so again: there is no state to save");
+    }
+
     const uint32_t n_stream  = get_hot()->get_n_stream();
     const bool     on_device = flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE;
 
@@ -192,9 +92,16 @@ void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_i
         strms.push_back(get_stream(seq_id));
     }
 
-    header.on_device = on_device;
-
     state_writer out(io);
+
+    if (on_device) {
+        header.on_device = n_device_copies + 1;
+
+        if (!out.counts_only) {
+            device_copies[seq_id] = ++n_device_copies;
+        }
+    }
+
     out.put(header);
 
     std::vector<std::vector<uint32_t>> idxs; // of hot, then cold, by stream
@@ -272,6 +179,11 @@ void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_i
 
                     const size_t size_row = t->nb[1];
 
+                    if (out.counts_only && !on_device) {
+                        io.write(nullptr, part.size()*size_row);
+                        continue;
+                    }
+
                     for_each_run(part, [&](uint32_t first, size_t n) {
                         if (on_device) {
                             io.write_tensor(as_bytes(t), first*size_row, n*size_row);
@@ -298,9 +210,24 @@ void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_i
 
     out.end();
 
-    if (trace->is_on()) {
+    if (trace->is_on() && !out.counts_only) {
         trace->push(make_event(LLAMA_KV_MIXED_EVENT_STATE_WRITE, -1, seq_id));
     }
+}
+
+void llama_kv_cache_mixed::state_write_rest(
+        llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags, llama_memory_i & rest) const {
+    state_part_writer out(io, flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE);
+
+    // upstream's format has no place for shifts that are pending
+    auto * kv = dynamic_cast<llama_kv_cache *>(&rest);
+    if (kv && kv->get_has_shift() && !out.out.counts_only && !finish_shift(kv)) {
+        throw std::runtime_error("positions have been shifted, and rows of the layers with a sliding window can not follow: decode first");
+    }
+
+    rest.state_write(out, seq_id, flags);
+
+    out.out.end();
 }
 
 //
@@ -337,6 +264,59 @@ static void check_layer(const char * tier, uint32_t il, const char * side, const
 }
 
 void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    state_read_part(io, seq_id, flags);
+
+    state_undo = nullptr;
+}
+
+void llama_kv_cache_mixed::state_read_rest(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags, llama_memory_i & rest) {
+    auto * kv   = dynamic_cast<llama_kv_cache         *>(&rest);
+    auto * recr = dynamic_cast<llama_memory_recurrent *>(&rest);
+
+    GGML_ASSERT(kv || recr);
+
+    undo before;
+
+    try {
+        if (!finish_shift()) {
+            throw std::runtime_error("a shift of positions has failed, and does so again: clear the memory before a state is loaded");
+        }
+
+        if (kv) {
+            before.add(*kv, seq_id, false);
+        } else {
+            before.add(*recr, seq_id);
+        }
+
+        state_part_reader in(io, flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE);
+        rest.state_read(in, seq_id, flags);
+        in.in.end();
+    } catch (...) {
+        before.restore();
+        if (kv && state_undo) {
+            state_clear(seq_id);
+        }
+        throw;
+    }
+
+    state_undo = nullptr;
+}
+
+void llama_kv_cache_mixed::state_clear(llama_seq_id seq_id) {
+    if (state_undo) {
+        state_undo->restore();
+        state_undo = nullptr;
+    } else {
+        kv_cold->state_clear(seq_id);
+        llama_kv_cache::state_clear(seq_id);
+    }
+}
+
+void llama_kv_cache_mixed::state_read_part(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    if (!finish_shift()) {
+        throw std::runtime_error("a shift of positions has failed, and does so again: clear the memory before a state is loaded");
+    }
+
     const llama_kv_mixed_state_header expected;
 
     state_reader in(io);
@@ -364,8 +344,12 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
     if (header.n_stream != (seq_id == -1 ? n_stream : 1u)) {
         throw std::runtime_error(format("the state has %u streams, this cache has %u", header.n_stream, n_stream));
     }
-    if (header.on_device != (on_device ? 1u : 0u)) {
+    if ((header.on_device != 0) != on_device) {
         throw std::runtime_error(on_device ? "the rows of the state are in it, not on the device" : "the rows of the state were left on the device");
+    }
+
+    if (on_device && std::none_of(device_copies.begin(), device_copies.end(), [&](const auto & c) { return c.second == header.on_device; })) {
+        throw std::runtime_error("the rows that were left on the device are not there any more: another state was left there since");
     }
 
     state_tier tiers[2];
@@ -463,7 +447,16 @@ void llama_kv_cache_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id,
 
     in.end();
 
-    state_apply(in, tiers, seq_id, on_device);
+    state_undo = std::make_shared<undo>();
+    state_undo->add(*get_hot (), seq_id, true);
+    state_undo->add(*get_cold(), seq_id, false);
+
+    try {
+        state_apply(in, tiers, seq_id, on_device);
+    } catch (...) {
+        state_clear(seq_id);
+        throw;
+    }
 
     if (trace->is_on()) {
         trace->push(make_event(LLAMA_KV_MIXED_EVENT_STATE_READ, -1, seq_id));

@@ -1,0 +1,219 @@
+#pragma once
+
+// the bytes of a saved state, and their checksum
+
+#include "llama-io.h"
+
+#include "ggml-backend.h"
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <typeinfo>
+#include <vector>
+
+// for tests: the bytes that checksums were made of so far
+inline std::atomic<uint64_t> state_bytes_summed { 0 };
+
+// counts bytes and looks at none
+class state_counter : public llama_io_write_i {
+public:
+    void write(const void * /*src*/, size_t size) override {
+        n += size;
+    }
+
+    void write_tensor(ggml_tensor * /*tensor*/, size_t /*offset*/, size_t size) override {
+        n += size;
+    }
+
+    size_t n_bytes() override {
+        return n;
+    }
+
+private:
+    size_t n = 0;
+};
+
+// Whether a writer does that. Upstream has one of its own for the size of a state, which no header declares: it is known
+// by its name (were that another one some day, sizes would be right all the same, and a test would notice).
+inline bool state_counts_only(const llama_io_write_i & io) {
+    return dynamic_cast<const state_counter *>(&io) || strstr(typeid(io).name(), "llama_io_write_dummy");
+}
+
+// a change within one 8-byte word always shows, any other one but for once in 2^64
+class state_checksum {
+public:
+    void add(const void * data, size_t size) {
+        state_bytes_summed += size;
+
+        const auto * p = (const uint8_t *) data;
+
+        for (; size >= 8; size -= 8, p += 8) {
+            uint64_t w;
+            memcpy(&w, p, 8);
+            mix(w);
+        }
+
+        if (size > 0) {
+            uint64_t w = 0;
+            memcpy(&w, p, size);
+            mix(w);
+        }
+    }
+
+    uint64_t get() const {
+        return h;
+    }
+
+private:
+    uint64_t h = 0x78696d6b;
+
+    void mix(uint64_t w) {
+        h  = (h ^ w)*0x9e3779b97f4a7c15ull;
+        h ^= h >> 32;
+    }
+};
+
+// what follows each other in the state, and its checksum
+
+class state_writer {
+public:
+    state_writer(llama_io_write_i & io) : io(io), counts_only(state_counts_only(io)) {}
+
+    template <typename T>
+    void put(const T & x) {
+        put(&x, sizeof(x));
+    }
+
+    void put(const void * data, size_t size) {
+        if (!counts_only) {
+            sum.add(data, size);
+        }
+        io.write(data, size);
+    }
+
+    void end() {
+        const uint64_t h = sum.get();
+        io.write(&h, sizeof(h));
+        sum = {};
+    }
+
+    llama_io_write_i & io;
+
+    // nobody looks at the bytes: what they are need not be known
+    const bool counts_only;
+
+private:
+    state_checksum sum;
+};
+
+class state_reader {
+public:
+    state_reader(llama_io_read_i & io) : io(io) {}
+
+    template <typename T>
+    T get() {
+        T x = {}; // (upstream's reader of files leaves what lies beyond their end as it is)
+        get(&x, sizeof(x));
+        return x;
+    }
+
+    void get(void * data, size_t size) {
+        io.read(data, size);
+        sum.add(data, size);
+    }
+
+    void end() {
+        uint64_t h = 0;
+        io.read(&h, sizeof(h));
+        if (h != sum.get()) {
+            throw std::runtime_error("the state is damaged: its checksum is another one");
+        }
+        sum = {};
+    }
+
+    llama_io_read_i & io;
+
+private:
+    state_checksum sum;
+};
+
+// The bytes of another part of the memory, which knows nothing of checksums. Rows that are left on the device are not summed.
+
+class state_part_writer : public llama_io_write_i {
+public:
+    state_part_writer(llama_io_write_i & io, bool on_device) : out(io), on_device(on_device) {}
+
+    void write(const void * src, size_t size) override {
+        out.put(src, size);
+    }
+
+    void write_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
+        if (on_device || out.counts_only) {
+            out.io.write_tensor(tensor, offset, size);
+            return;
+        }
+
+        buf.resize(size);
+        ggml_backend_tensor_get(tensor, buf.data(), offset, size);
+        out.put(buf.data(), size);
+    }
+
+    size_t n_bytes() override {
+        return out.io.n_bytes();
+    }
+
+    state_writer out;
+
+private:
+    const bool on_device;
+
+    std::vector<uint8_t> buf;
+};
+
+class state_part_reader : public llama_io_read_i {
+public:
+    state_part_reader(llama_io_read_i & io, bool on_device) : in(io), on_device(on_device) {}
+
+    void read(void * dst, size_t size) override {
+        in.get(dst, size);
+    }
+
+    void read_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
+        if (on_device) {
+            in.io.read_tensor(tensor, offset, size);
+            return;
+        }
+
+        buf.resize(size);
+        in.get(buf.data(), size);
+        ggml_backend_tensor_set(tensor, buf.data(), offset, size);
+    }
+
+    size_t n_bytes() override {
+        return in.io.n_bytes();
+    }
+
+    state_reader in;
+
+private:
+    const bool on_device;
+
+    std::vector<uint8_t> buf;
+};
+
+// calls f(first, n) for runs of adjacent cells
+template <typename F>
+void for_each_run(const std::vector<uint32_t> & idxs, F f) {
+    for (size_t i = 0; i < idxs.size();) {
+        size_t n = 1;
+        while (i + n < idxs.size() && idxs[i + n] == idxs[i] + n) {
+            n++;
+        }
+
+        f(idxs[i], n);
+
+        i += n;
+    }
+}
