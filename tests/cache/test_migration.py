@@ -386,7 +386,7 @@ def test_sinks_leave_room_to_move(trio: Callable[..., Trio]) -> None:
 
 
 def test_a_batch_is_divided_ubatch_by_ubatch(trio: Callable[..., Trio]) -> None:
-    """Large batches of several sequences, and little room: each ubatch is as large as hot can take after those before."""
+    """Large batches of several sequences, and little room: a ubatch is as large as hot can take after those before."""
     rng = np.random.default_rng(0)
     n_ubatches = []
     for n_seq, unified, shape in (

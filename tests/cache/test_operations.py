@@ -5,6 +5,7 @@ Where cold rows are stored as exactly as hot ones, upstream's plain cache is wha
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -327,9 +328,10 @@ def test_embeddings_as_input(cold: str, tiny_model_path: Path, make_context: Mak
 
 @pytest.mark.parametrize("first", [0, 3])
 def test_an_image_at_the_position_of_a_sink(first: int, tmp_path: Path, make_context: MakeContext) -> None:
-    """All its tokens have the same position (M-RoPE), and more of them than hot has cells: no more than 4 are pinned."""
+    """All its tokens have the same position (M-RoPE), and are more than hot has cells: no more than 4 are pinned."""
     llama = write_tiny_model(tmp_path / "llama.gguf", n_embd=256)
-    path = rewrite_gguf(llama, tmp_path / "qwen2vl.gguf", arch="qwen2vl", extra={"rope.dimension_sections": [16, 8, 8, 0]})
+    sections = {"rope.dimension_sections": [16, 8, 8, 0]}
+    path = rewrite_gguf(llama, tmp_path / "qwen2vl.gguf", arch="qwen2vl", extra=sections)
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((12 * 25, 256)).astype(np.float32)
     y, x = (first + i.ravel() for i in np.mgrid[:12, :25])
@@ -368,9 +370,10 @@ POOLING = {"n_ctx": 2048, "n_ubatch": 600, "embeddings": True}
 
 
 @pytest.mark.parametrize("pooling", ["none", "mean", "cls", "last"])
-def test_embeddings_as_output(pooling: str, make_context: MakeContext) -> None:
+def test_embeddings_as_output(pooling: str, make_context: MakeContext, caplog: pytest.LogCaptureFixture) -> None:
     """Hot grows where a ubatch must not be split: 600 tokens and 4 sinks, in multiples of 256."""
     tokens = random_tokens(600)
+    caplog.set_level(logging.WARNING, "llamamix")
 
     def embed(kv_mixed: Any) -> np.ndarray:
         context = make_context(kv_mixed=kv_mixed, pooling=pooling, **F32 | POOLING)
@@ -381,6 +384,8 @@ def test_embeddings_as_output(pooling: str, make_context: MakeContext) -> None:
             grown = pooling in ("mean", "cls")
             assert (context.stats.hot_size, context.kv_mixed.hot) == ((768, 768) if grown else (48, 48))
             assert context.stats.cold_size == 2048 - context.stats.hot_size
+            reason = f"a batch whose embeddings are pooled ({pooling}) has to fit in it as a whole, and n_ubatch is 600"
+            assert (f"hot=48 grows to 768 cells: {reason}" in caplog.text) == grown
         return context.embeddings if pooling == "none" else context.embeddings_seq(0)
 
     # embeddings have unit size, logits are 3 times as large

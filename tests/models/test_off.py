@@ -148,7 +148,7 @@ def test_off_by_name(tiny_model_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["default", "no-flash", "f32", "unified"])
 def test_nothing_is_cold_where_all_fits_in_hot(case: str, tiny_model_path: Path) -> None:
-    """Two sequences of 512 tokens, or 1024 of both together: what is computed is that of a plain cache, shifts included."""
+    """Two sequences of 512 tokens, or 1024 of both: what is computed is that of a plain cache, shifts included."""
     spec = "hot=1024" if case == "unified" else "1"
     *plain, state = digests(library_dir(), tiny_model_path, CASES[case])
     *mixed, state_mixed = digests(library_dir(), tiny_model_path, CASES[case], spec)

@@ -109,7 +109,7 @@ static void grow_hot(llama_kv_mixed_params & params, uint32_t n_ctx_seq, uint32_
     const uint32_t n_hot   = std::min<uint64_t>(n_ctx_seq, GGML_PAD(whole.n + n_sinks, 256));
 
     if (params.n_hot < n_hot) {
-        LLAMA_LOG_INFO("%s: hot=%u grows to %u cells: a batch %s has to fit in it as a whole, and n_ubatch is %u\n",
+        LLAMA_LOG_WARN("%s: hot=%u grows to %u cells: a batch %s has to fit in it as a whole, and n_ubatch is %u\n",
             __func__, params.n_hot, n_hot, whole.reason, whole.n);
         params.n_hot = n_hot;
     }

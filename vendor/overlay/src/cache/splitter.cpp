@@ -37,7 +37,7 @@ uint32_t llama_kv_mixed_splitter::n_left() const {
 uint32_t llama_kv_mixed_splitter::limit(uint32_t n) const {
     uint32_t res = n;
 
-    // a ubatch goes to hot as a whole; it may be of one stream alone, but for those where all that is left has room
+    // a ubatch goes to hot as a whole, and may be of one stream alone; where all that is left has room a stream sets no limit
     for (size_t s = 0; s < plans.size(); ++s) {
         const uint32_t room = plans[s].room(policy);
         if (left[s] > room) {
