@@ -29,7 +29,6 @@ from llamamix import (
     Model,
     ParamsError,
 )
-from llamamix._ffi import ffi, lib
 from llamamix.cli import main
 
 N_PROMPT, N_TOKENS = 1000, 1100
