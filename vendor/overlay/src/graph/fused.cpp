@@ -45,10 +45,9 @@ std::string llama_kv_mixed_fused_reason(const llama_kv_mixed_attn_layer & layer)
     if (!llama_kv_mixed_attn_supports(hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), hparams.n_gqa(il))) {
         return "the heads are too large, or too many share a KV head";
     }
-    for (const llama_kv_cache * kv : { layer.kv.get_hot(), layer.kv.get_cold() }) {
-        if (!llama_kv_mixed_is_on_host(kv->get_k_storage(il))) {
-            return "the cache is not in the CPU's memory";
-        }
+    // (cold rows are where the hot ones are, if there are any)
+    if (!llama_kv_mixed_is_on_host(layer.kv.get_hot()->get_k_storage(il))) {
+        return "the cache is not in the CPU's memory";
     }
 
     return "";

@@ -39,9 +39,6 @@ static const llama_kv_mixed_attn_provider & find_provider(const llama_kv_mixed_a
 }
 
 void llama_kv_mixed_check_attn(const llama_hparams & hparams, const llama_kv_cache_mixed & kv) {
-    if (!kv.has_cold()) {
-        return;
-    }
     for (const int32_t il : kv.get_hot()->get_layer_ids()) {
         find_provider({ kv, hparams, il, /*.is_plain =*/ true });
     }
@@ -50,11 +47,6 @@ void llama_kv_mixed_check_attn(const llama_hparams & hparams, const llama_kv_cac
 ggml_tensor * llama_kv_mixed_build_attn(const llm_graph_context & gctx, const llama_kv_cache_mixed_context & mctx, const llama_kv_mixed_attn_inputs & in) {
     // (Grok caps in another way without flash attention)
     const bool is_plain = !in.kq_b && (gctx.arch != LLM_ARCH_GROK || gctx.cparams.flash_attn);
-
-    // all is as in a plain cache
-    if (!mctx.get_kv()->has_cold()) {
-        return gctx.build_attn_mha(in.q, in.k, in.v, in.kq_b, in.kq_mask, in.sinks, nullptr, 0, in.kq_scale, in.il);
-    }
 
     return find_provider({ *mctx.get_kv(), gctx.hparams, in.il, is_plain }).build(gctx, mctx, in);
 }
