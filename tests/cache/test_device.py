@@ -21,7 +21,7 @@ from helpers.processes import find_program, library_dir
 from helpers.tiny_model import random_tokens
 
 from llamamix import Context, ContextError, KVMixedParams, Model, Trace, _ffi
-from llamamix.params import KV_TYPES
+from llamamix.formats import FORMATS
 from llamamix.trace import EventKind
 
 N_LAYER, N_EMBD_KV = 2, 128  # of the tiny model, values in a row of K or V
@@ -144,7 +144,7 @@ def test_cold_rows_like_hot_ones_are_a_plain_cache(kv_type: str, flash_attn: str
 
 
 @pytest.mark.parametrize("flash_attn", ["off", "on"])
-@pytest.mark.parametrize("cold", KV_TYPES)
+@pytest.mark.parametrize("cold", list(FORMATS))
 def test_any_cold_type_is_composed_as_on_the_cpu(cold: str, flash_attn: str, device: Device, make: Make) -> None:
     context = make(kv_mixed=mixed(cold), flash_attn=flash_attn)
     actual = decode(context)

@@ -6,7 +6,6 @@ import ctypes
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import cffi
@@ -15,6 +14,7 @@ import numpy as np
 from llamamix import Context, MixedKVCache
 from llamamix import _ffi as bindings
 
+from .paths import ROOT
 from .processes import library_dir
 
 ffi = cffi.FFI()
@@ -46,7 +46,7 @@ ffi.cdef(
     """
 )
 # the functions for tests alone
-_test = Path(__file__).parents[1] / "vendor" / "overlay" / "include" / "llama-kv-mixed-test.decl.h"
+_test = ROOT / "vendor" / "overlay" / "include" / "llama-kv-mixed-test.decl.h"
 ffi.cdef("struct llama_kv_mixed_cache;\n" + _test.read_text())
 _path = library_dir() / bindings._file_name("llama")
 lib: Any = ffi.dlopen(str(_path))
