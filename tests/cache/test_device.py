@@ -323,6 +323,22 @@ def test_operations_on_sequences(cold: str, unified: bool, device: Device, make:
         assert getattr(context.stats, name) == getattr(other.stats, name)
 
 
+@pytest.mark.parametrize(("cold", "operation"), [("q4_0", "CPY f32 q4_0"), ("f16", "CPY f32 f16")])
+def test_a_context_shift_that_the_device_can_not_compute(cold: str, operation: str, device: Device, make: Make) -> None:
+    """ggml's scheduler computes elsewhere what a device does not have, and is not asked to do so in the cache itself."""
+    device.refuse(operation)
+
+    def run(context: Context) -> np.ndarray:
+        context.decode(random_tokens(200))
+        context.memory.seq_rm(0, 4, 60)
+        context.memory.seq_add(0, 60, -1, -56)
+        context.decode(random_tokens(40, 1), logits="all")
+        return context.logits
+
+    actual = run(make(kv_mixed=mixed(cold)))
+    np.testing.assert_array_equal(actual, run(make(device.on_cpu, kv_mixed=mixed(cold, "compose"))))
+
+
 @pytest.mark.parametrize("kv_type", ["f32", "f16"])
 def test_a_context_shift_is_the_plain_caches(kv_type: str, make: Make) -> None:
     """Rows of both parts are turned on the device; upstream turns F16 rows in F16, where these are turned in F32."""
