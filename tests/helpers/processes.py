@@ -20,13 +20,16 @@ def library_dir() -> Path:
     return next(folder.resolve() for folder in _ffi._lib_dirs() if (folder / _ffi._file_name("llama")).is_file())
 
 
-def find_program(name: str) -> Path:
-    """One of llama.cpp's programs: beside libllama, or in this checkout's build; the test is skipped where there is none."""
+def find_program(name: str, target: str | None = None) -> Path:
+    """What a build target makes: beside libllama, or in this checkout's build; the test is skipped where there is none.
+
+    target  what builds it, where that has another name
+    """
     places = (library_dir(), ROOT / "build" / "cpu" / "bin")
     for path in (place / name for place in places):
         if path.is_file():
             return path
-    pytest.skip(f"no {name}: cmake --build --preset cpu --target {name}")
+    pytest.skip(f"no {name}: cmake --build --preset cpu --target {target or name}")
 
 
 def environment(**changes: str | None) -> dict[str, str]:

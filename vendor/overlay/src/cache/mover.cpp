@@ -69,13 +69,17 @@ llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint
 
         graph g = build(dev, n_max);
 
-        for (int j = 0; j < ggml_graph_n_nodes(g.gf); ++j) {
+        // a pair's nodes end with the write
+        for (int j = 0, i_pair = 0; j < ggml_graph_n_nodes(g.gf); ++j) {
             const ggml_tensor * node = ggml_graph_node(g.gf, j);
             if (!ggml_backend_supports_op(dev.backend.get(), node)) {
-                const auto & p = dev.pairs.empty() ? dev.pairs_fused[0] : dev.pairs[0];
-                throw std::runtime_error(format("%s can not copy %s rows to %s", ggml_backend_dev_name(order[i]),
-                    ggml_type_name(p.src->type), ggml_type_name(p.dst->type)));
+                const auto & p = dev.pairs.at(i_pair);
+                throw std::runtime_error(format("%s can not move %s rows to %s, it has no %s of %s rows to %s: "
+                    "take another cold type, or keep the cache in the CPU's memory (offload_kqv=false)",
+                    ggml_backend_dev_name(order[i]), ggml_type_name(p.src->type), ggml_type_name(p.dst->type),
+                    ggml_op_desc(node), ggml_type_name(node->src[0]->type), ggml_type_name(node->type)));
             }
+            i_pair += node->op == GGML_OP_SET_ROWS;
         }
 
         if (!ggml_gallocr_reserve(dev.galloc.get(), g.gf)) {

@@ -77,14 +77,30 @@ static ggml_tensor * build_join(ggml_context * ctx, ggml_tensor * cold, ggml_ten
     return ggml_concat(ctx, cold, hot, 2);
 }
 
-// the first operation of build_join() that a device does not have, for heads of n_embd values; empty: it has them all
-static std::string find_missing(ggml_backend_dev_t dev, ggml_type type_cold, ggml_type type_hot, int64_t n_embd, int64_t n_head_kv, int64_t n_rot) {
+// the rows of K or V in one layer
+struct layer_rows {
+    ggml_type type_cold;
+    ggml_type type_hot;
+
+    int64_t n_embd; // of a head
+    int64_t n_head;
+    int64_t n_rot;
+};
+
+// the first operation that a device does not have of those that put rows into cold and those of build_join()
+// empty: it has them all
+static std::string find_missing(ggml_backend_dev_t dev, const layer_rows & r) {
     ggml_context_ptr ctx_ptr(ggml_init({ /*.mem_size =*/ 32*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
     ggml_context * ctx = ctx_ptr.get();
 
-    ggml_tensor * cold = ggml_new_tensor_4d(ctx, type_cold, n_embd, n_head_kv, 256, 1);
-    ggml_tensor * hot  = ggml_new_tensor_4d(ctx, type_hot,  n_embd, n_head_kv, 256, 1);
-    ggml_tensor * rot  = n_rot > 0 ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rot, n_rot) : nullptr;
+    const int64_t n_cells = 256;
+
+    ggml_tensor * cold = ggml_new_tensor_4d(ctx, r.type_cold, r.n_embd, r.n_head, n_cells, 1);
+    ggml_tensor * hot  = ggml_new_tensor_4d(ctx, r.type_hot,  r.n_embd, r.n_head, n_cells, 1);
+    ggml_tensor * rot  = r.n_rot > 0 ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, r.n_rot, r.n_rot) : nullptr;
+
+    ggml_set_rows(ctx, ggml_reshape_2d(ctx, cold, r.n_embd*r.n_head, n_cells),
+        ggml_new_tensor_2d(ctx, GGML_TYPE_F32, r.n_embd*r.n_head, 1), ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1));
 
     build_join(ctx, cold, hot, rot);
 
@@ -95,6 +111,28 @@ static std::string find_missing(ggml_backend_dev_t dev, ggml_type type_cold, ggm
     }
 
     return "";
+}
+
+// the formats of cold rows that a device can work with, by name
+static std::string find_possible(ggml_backend_dev_t dev, layer_rows k, layer_rows v) {
+    std::string res;
+
+    for (size_t i = 0; const auto * cold = llama_kv_mixed_get_format(i); ++i) {
+        bool possible = true;
+
+        for (layer_rows * r : { &k, &v }) {
+            r->type_cold = cold->type;
+            r->n_rot     = ggml_is_quantized(cold->type) && r->n_embd % 64 == 0 ? 64 : 0; // where upstream rotates
+
+            possible = possible && r->n_embd % ggml_blck_size(cold->type) == 0 && find_missing(dev, *r).empty();
+        }
+
+        if (possible) {
+            res += (res.empty() ? "" : ", ") + std::string(cold->name);
+        }
+    }
+
+    return res;
 }
 
 std::string llama_kv_mixed_compose_reason(const llama_kv_mixed_attn_layer & layer) {
@@ -111,29 +149,21 @@ std::string llama_kv_mixed_compose_reason(const llama_kv_mixed_attn_layer & laye
 
     const int64_t n_head_kv = layer.hparams.n_head_kv(layer.il);
 
-    const auto get_missing = [&](ggml_type type_k, ggml_type type_v) {
-        const auto res = find_missing(dev, type_k, k_hot->type, layer.hparams.n_embd_head_k(layer.il), n_head_kv, layer.kv.get_n_rot_k());
+    const layer_rows k = { k_cold->type, k_hot->type, layer.hparams.n_embd_head_k(layer.il), n_head_kv, layer.kv.get_n_rot_k() };
+    const layer_rows v = { v_cold->type, v_hot->type, layer.hparams.n_embd_head_v(layer.il), n_head_kv, layer.kv.get_n_rot_v() };
 
-        return !res.empty() ? res : find_missing(dev, type_v, v_hot->type, layer.hparams.n_embd_head_v(layer.il), n_head_kv, layer.kv.get_n_rot_v());
-    };
-
-    const auto missing = get_missing(k_cold->type, v_cold->type);
+    std::string missing = find_missing(dev, k);
+    if (missing.empty()) {
+        missing = find_missing(dev, v);
+    }
     if (missing.empty()) {
         return "";
     }
 
-    std::string names;
-    for (size_t i = 0; const auto * cold = llama_kv_mixed_get_format(i); ++i) {
-        const bool whole = layer.hparams.n_embd_head_k(layer.il) % ggml_blck_size(cold->type) == 0
-                        && layer.hparams.n_embd_head_v(layer.il) % ggml_blck_size(cold->type) == 0;
+    const std::string possible = find_possible(dev, k, v);
 
-        if (whole && get_missing(cold->type, cold->type).empty()) {
-            names += (names.empty() ? "" : ", ") + std::string(cold->name);
-        }
-    }
-
-    return format("%s has no %s%s%s", ggml_backend_dev_name(dev), missing.c_str(),
-        names.empty() ? "" : ", take one of these cold types: ", names.c_str());
+    return format("%s has no %s, %s%s", ggml_backend_dev_name(dev), missing.c_str(),
+        possible.empty() ? "keep the cache in the CPU's memory (offload_kqv=false)" : "take one of these cold types: ", possible.c_str());
 }
 
 ggml_tensor * llama_kv_mixed_compose_build(const llm_graph_context & gctx, const llama_kv_cache_mixed_context & mctx, const llama_kv_mixed_attn_inputs & in) {

@@ -64,6 +64,11 @@ ggml_tensor * llama_kv_mixed_fused_build(const llm_graph_context & gctx, const l
         }, in.kq_scale, hparams.f_max_alibi_bias, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f,
         get_n_threads(gctx.cparams));
 
+    // functions of this process: some devices claim to have any operation (an RPC server does), and would be given them
+    for (ggml_tensor * node = cur->src[0]; node->op == GGML_OP_CUSTOM; node = node->src[0]) {
+        ggml_backend_sched_set_tensor_backend(gctx.sched, node, gctx.backend_cpu);
+    }
+
     ggml_build_forward_expand(gctx.gf, cur);
 
     return cur;

@@ -1,0 +1,452 @@
+"""A mixed cache on a device with memory of its own (own_memory.cpp), which computes as the CPU does.
+
+Attention is composed of ggml's operations there, and migrations are made of them. The CPU composes the same operations,
+so every bit must be the same. An address on the device that is taken for one in the host's memory ends these tests, a
+custom operation that the device is given makes decode() fail, and operations that the device does not have are refused
+when the context is made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import raw
+from helpers.allowances import ATOL, F32, rms
+from helpers.processes import find_program, library_dir
+from helpers.tiny_model import random_tokens
+
+from llamamix import Context, ContextError, KVMixedParams, Model, Trace, _ffi
+from llamamix.formats import FORMATS
+from llamamix.trace import EventKind
+
+N_LAYER, N_EMBD_KV = 2, 128  # of the tiny model, values in a row of K or V
+
+
+def mixed(cold: str, attn: str = "auto", **params: Any) -> KVMixedParams:
+    return KVMixedParams(**{"hot": 48, "group": 12, "sink": 4, "cold": cold, "attn": attn} | params)
+
+
+class Device:
+    """The device, and models whose layers are on it or on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        self.on_cpu = Model(path)  # before there is a device
+
+        # own-memory.so takes ggml's functions from the process
+        for name in ("ggml-base", "ggml"):
+            ggml = ctypes.CDLL(str(library_dir() / _ffi._file_name(name)), mode=ctypes.RTLD_GLOBAL)
+        library = str(find_program("own-memory.so", "own-memory"))
+        self._own = ctypes.CDLL(library)  # never closed: it stays in memory when ggml unloads it
+        ggml.ggml_backend_load.restype = ctypes.c_void_p
+        self._reg = ctypes.c_void_p(ggml.ggml_backend_load(library.encode()))
+        assert self._reg
+        self._unload = ggml.ggml_backend_unload
+
+        self.whole = Model(path, n_gpu_layers=99)
+        self.upper = Model(path, n_gpu_layers=2)  # the second layer and the output
+
+    def refuse(self, *operations: str) -> None:
+        """Operations that it does not have, by the types of their first source and of their result."""
+        self._own.own_memory_refuse(",".join(operations).encode())
+
+    def claim_custom(self, claims: bool) -> None:
+        """Whether it says that it has custom operations."""
+        self._own.own_memory_claim_custom(ctypes.c_bool(claims))
+
+    def close(self) -> None:
+        for model in (self.on_cpu, self.whole, self.upper):
+            model.close()
+        self._unload(self._reg)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model_path: Path) -> Iterator[Device]:
+    device = Device(tiny_model_path)
+    yield device
+    device.close()
+
+
+@pytest.fixture
+def device(loaded: Device) -> Iterator[Device]:
+    yield loaded
+    loaded.refuse()
+    loaded.claim_custom(False)
+
+
+Make = Callable[..., Context]
+
+
+@pytest.fixture
+def make(device: Device, make_context: Make) -> Make:
+    """Makes a context whose layers and cache are on the device, or another model's."""
+
+    def make(model: Model | None = None, **params: Any) -> Context:
+        return make_context(model or device.whole, **{"n_ctx": 512, "n_ubatch": 64} | params)
+
+    return make
+
+
+def decode(context: Context, n_prompt: int = 200, n_tokens: int = 240) -> np.ndarray:
+    """Logits of a prompt and then of single tokens."""
+    tokens = random_tokens(n_tokens)
+    context.decode(tokens[:n_prompt], logits="all")
+    rows = [context.logits]
+    for token in tokens[n_prompt:]:
+        context.decode([token])
+        rows.append(context.logits)
+    return np.concatenate(rows)
+
+
+def assert_moved(context: Context, n_tokens: int = 240) -> None:
+    stats = context.stats
+    assert stats.n_migrations > 10
+    assert stats.hot_used + stats.cold_used == n_tokens
+    assert stats.cold_used > n_tokens - 48
+
+
+#
+# attention
+#
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "flash_attn"), [("f32", "off"), ("f16", "off"), ("f16", "on"), ("bf16", "off"), ("bf16", "on")]
+)
+def test_cold_rows_like_hot_ones_are_a_plain_cache(kv_type: str, flash_attn: str, make: Make) -> None:
+    """The same operations over the same rows in another order: as in test_identity.py."""
+    params = {"type_k": kv_type, "type_v": kv_type, "flash_attn": flash_attn, "kv_mixed": False}
+    expected = decode(make(**params))
+
+    # what another order of the cells does to a plain cache on the same device
+    context = make(**params | {"n_seq_max": 2, "kv_unified": True})
+    tokens = random_tokens(240)
+    rows = []
+    for start in range(0, 240, 40):
+        part = np.repeat(tokens[start : start + 40], 2)
+        context.decode_batch(part, [0, 1] * 40, logits=[1, 0] * 40)
+        rows.append(context.logits)
+        context.memory.seq_rm(1)
+    noise = np.concatenate(rows) - expected
+
+    context = make(**params | {"kv_mixed": mixed(kv_type)})
+    difference = decode(context) - expected
+    assert_moved(context)
+    # both are 96,000 differences of the same kind
+    assert rms(difference) <= 2.5 * rms(noise)
+    assert np.abs(difference).max() <= 6 * np.abs(noise).max()
+    # a row that is lost or stale is far above them
+    assert rms(noise) < 0.02 * rms(expected)
+
+
+@pytest.mark.parametrize("flash_attn", ["off", "on"])
+@pytest.mark.parametrize("cold", list(FORMATS))
+def test_any_cold_type_is_composed_as_on_the_cpu(cold: str, flash_attn: str, device: Device, make: Make) -> None:
+    context = make(kv_mixed=mixed(cold), flash_attn=flash_attn)
+    actual = decode(context)
+    assert_moved(context)
+    expected = decode(make(device.on_cpu, kv_mixed=mixed(cold, "compose"), flash_attn=flash_attn))
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_the_kernel_is_refused(make: Make) -> None:
+    reason = "attn=fused is not possible for layer 0: the cache is not in the CPU's memory"
+    with pytest.raises(ContextError, match=reason):
+        make(kv_mixed=mixed("q4_0", "fused"))
+
+
+@pytest.mark.parametrize("claims", [False, True])
+def test_layers_on_both(claims: bool, device: Device, make: Make) -> None:
+    """The kernel for the layer on the CPU, composition for the one on the device."""
+    device.claim_custom(claims)
+    expected = decode(make(device.on_cpu, kv_mixed=False, **F32))
+    context = make(device.upper, kv_mixed=mixed("f32"), **F32)
+    actual = decode(context)
+    assert_moved(context)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=ATOL)
+    with pytest.raises(ContextError, match="attn=fused is not possible for layer 1: the cache is not in"):
+        make(device.upper, kv_mixed=mixed("f32", "fused"))
+
+
+@pytest.mark.parametrize("flash_attn", ["off", "on"])
+@pytest.mark.parametrize("claims", [False, True])
+@pytest.mark.parametrize("attn", ["auto", "fused", "compose"])
+def test_a_cache_that_stays_in_the_cpus_memory(
+    attn: str, claims: bool, flash_attn: str, device: Device, make: Make
+) -> None:
+    """offload_kqv=False: layers on the device, cache and attention on the CPU, by the kernel where that is wanted."""
+    device.claim_custom(claims)
+    device.refuse("CPY q4_0 f32", "SET_ROWS f32 q4_0")  # which is not asked
+    context = make(kv_mixed=mixed("q4_0", attn), flash_attn=flash_attn, offload_kqv=False)
+    actual = decode(context)
+    assert_moved(context)
+    expected = decode(make(device.on_cpu, kv_mixed=mixed("q4_0", attn), flash_attn=flash_attn))
+    np.testing.assert_array_equal(actual, expected)
+
+
+#
+# operations that the device does not have
+#
+
+
+@pytest.mark.parametrize("attn", ["auto", "compose"])
+@pytest.mark.parametrize("cold", [("iq4_nl", "iq4_nl"), ("q4_0", "iq4_nl"), ("iq4_nl", "f16")])
+def test_a_cold_type_that_is_not_expanded_there(cold: tuple[str, str], attn: str, device: Device, make: Make) -> None:
+    """As CUDA has it: rows can be made iq4_nl and not be read again."""
+    device.refuse("CPY iq4_nl f32")
+    reason = "attn=compose is not possible for layer 0: OwnMemory0 has no CPY of iq4_nl rows to f32"
+    possible = "take one of these cold types: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1"
+    cold_k, cold_v = cold
+    with pytest.raises(ContextError, match=f"{reason}, {possible}"):
+        make(kv_mixed=KVMixedParams(hot=48, cold_k=cold_k, cold_v=cold_v, attn=attn))
+
+
+@pytest.mark.parametrize(
+    ("refused", "cold", "possible"),
+    [
+        (["CPY iq4_nl f32", "CPY q5_0 f32", "CPY q5_1 f32", "CPY bf16 f16"], "q5_0", "f32, f16, q8_0, q4_0, q4_1"),
+        (["CPY q5_0 f32", "SET_ROWS f32 q4_1"], "q5_0", "f32, f16, bf16, q8_0, q4_0, iq4_nl, q5_1"),
+        (["CPY f32 f16"], "q4_0", "f16, bf16"),  # what was expanded is in F32
+        (["CPY f16 f32"], "q8_0", "f32, f16, bf16"),  # hot rows are rotated in F32, for quantised types alone
+        (["CPY bf16 f16", "MUL_MAT f32 f32"], "bf16", "f32, f16"),  # and rotated
+    ],
+)
+def test_types_that_would_work_are_named(
+    refused: list[str], cold: str, possible: str, device: Device, make: Make
+) -> None:
+    device.refuse(*refused)
+    with pytest.raises(ContextError, match=rf"take one of these cold types: {possible}\.$"):
+        make(kv_mixed=mixed(cold))
+    for cold in possible.split(", "):
+        context = make(kv_mixed=mixed(cold))
+        decode(context)
+        assert_moved(context)
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16"])
+def test_rows_that_can_not_be_joined(kv_type: str, device: Device, make: Make) -> None:
+    """They are in the hot type, so no cold type is of help."""
+    device.refuse(f"CONCAT {kv_type} {kv_type}")
+    reason = f"OwnMemory0 has no CONCAT of {kv_type} rows to {kv_type}"
+    params = {"kv_mixed": mixed("q4_0"), "type_k": kv_type, "type_v": kv_type}
+    with pytest.raises(ContextError, match=rf"{reason}, keep the cache in the CPU's memory \(offload_kqv=false\)"):
+        make(**params)
+    decode(make(offload_kqv=False, **params))
+
+
+@pytest.mark.parametrize(
+    ("operation", "cold_k", "cold_v", "pair"),
+    [
+        ("SET_ROWS f32 iq4_nl", "iq4_nl", "iq4_nl", "f16 rows to iq4_nl"),
+        ("SET_ROWS f32 iq4_nl", "q4_0", "iq4_nl", "f16 rows to iq4_nl"),
+        ("SET_ROWS f32 q8_0", "q8_0", "f16", "f16 rows to q8_0"),
+        ("GET_ROWS f16 f32", "q8_0", "q8_0", "f16 rows to q8_0"),
+        ("MUL_MAT f32 f32", "f16", "q4_0", "f16 rows to q4_0"),
+    ],
+)
+def test_a_migration_that_the_device_can_not_make(
+    operation: str, cold_k: str, cold_v: str, pair: str, device: Device, make: Make
+) -> None:
+    device.refuse(operation)
+    name, source, target = operation.split()
+    reason = f"OwnMemory0 can not move {pair}, it has no {name} of {source} rows to {target}"
+    with pytest.raises(ContextError, match=reason):
+        make(kv_mixed=KVMixedParams(hot=48, cold_k=cold_k, cold_v=cold_v))
+
+
+#
+# what caches do
+#
+
+
+@pytest.mark.parametrize("cold", ["f16", "q8_0", "q4_0", "iq4_nl"])
+def test_bytes_and_counts(cold: str, device: Device, make: Make) -> None:
+    context, other = make(kv_mixed=mixed(cold)), make(device.on_cpu, kv_mixed=mixed(cold))
+    for c in (context, other):
+        decode(c)
+    stats = context.stats
+    row = {
+        "f16": 2 * N_EMBD_KV,
+        "q8_0": N_EMBD_KV // 32 * 34,
+        "q4_0": N_EMBD_KV // 32 * 18,
+        "iq4_nl": N_EMBD_KV // 32 * 18,
+    }
+    assert stats.bytes_hot == 48 * N_LAYER * 2 * 2 * N_EMBD_KV
+    assert stats.bytes_cold == stats.cold_size * N_LAYER * 2 * row[cold]
+    assert stats.bytes_plain == 512 * N_LAYER * 2 * 2 * N_EMBD_KV
+    for name in ("n_migrations", "n_tokens_moved", "hot_used", "cold_used", "cold_size"):
+        assert getattr(stats, name) == getattr(other.stats, name)
+
+
+def operate(context: Context, unified: bool) -> np.ndarray:
+    """Everything that can be done to sequences, and the logits of what is decoded after each."""
+    memory, rows = context.memory, []
+
+    def more(seq_id: int, n: int, seed: int) -> None:
+        context.decode(random_tokens(n, seed), seq_id=seq_id, logits="all")
+        rows.append(context.logits)
+
+    more(0, 90, 0)
+    more(1, 50, 1)
+    if unified:
+        memory.seq_cp(0, 2, 0, 70)  # shared cells
+    else:
+        memory.seq_cp(0, 2)  # a stream's rows, copied within the device
+    more(2, 20, 2)
+    memory.seq_rm(0, 60, -1)
+    more(0, 30, 3)
+    memory.seq_rm(1, 10, 30)  # hot and cold
+    memory.seq_add(1, 30, -1, -20)
+    more(1, 40, 4)
+    memory.seq_div(1, 20, 60, 2)
+    memory.seq_rm(1, 20, -1)
+    more(1, 40, 5)
+    if unified:
+        memory.seq_keep(1)
+        more(1, 40, 6)
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+@pytest.mark.parametrize("cold", ["f16", "bf16", "q8_0", "q4_0", "iq4_nl"])
+def test_operations_on_sequences(cold: str, unified: bool, device: Device, make: Make) -> None:
+    params = {"n_ctx": 512 if unified else 3 * 256, "n_seq_max": 3, "kv_unified": unified}
+    context = make(kv_mixed=mixed(cold), **params)
+    other = make(device.on_cpu, kv_mixed=mixed(cold, "compose"), **params)
+    np.testing.assert_array_equal(operate(context, unified), operate(other, unified))
+    assert context.stats.n_migrations > 10
+    for name in ("n_migrations", "hot_used", "cold_used"):
+        assert getattr(context.stats, name) == getattr(other.stats, name)
+
+
+@pytest.mark.parametrize(("cold", "operation"), [("q4_0", "CPY f32 q4_0"), ("f16", "CPY f32 f16")])
+def test_a_context_shift_that_the_device_can_not_compute(cold: str, operation: str, device: Device, make: Make) -> None:
+    """ggml's scheduler computes elsewhere what a device does not have, and is not asked to do so in the cache itself."""
+    device.refuse(operation)
+
+    def run(context: Context) -> np.ndarray:
+        context.decode(random_tokens(200))
+        context.memory.seq_rm(0, 4, 60)
+        context.memory.seq_add(0, 60, -1, -56)
+        context.decode(random_tokens(40, 1), logits="all")
+        return context.logits
+
+    actual = run(make(kv_mixed=mixed(cold)))
+    np.testing.assert_array_equal(actual, run(make(device.on_cpu, kv_mixed=mixed(cold, "compose"))))
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16"])
+def test_a_context_shift_is_the_plain_caches(kv_type: str, make: Make) -> None:
+    """Rows of both parts are turned on the device; upstream turns F16 rows in F16, where these are turned in F32."""
+
+    def run(kv_mixed: Any, flash_attn: str = "off") -> np.ndarray:
+        context = make(kv_mixed=kv_mixed, type_k=kv_type, type_v=kv_type, flash_attn=flash_attn)
+        context.decode(random_tokens(200))
+        context.memory.seq_rm(0, 4, 60)
+        context.memory.seq_add(0, 60, -1, -56)
+        context.decode(random_tokens(40, 1), logits="all")
+        if kv_mixed:
+            assert context.stats.n_migrations > 10
+        return context.logits
+
+    expected = run(False)
+    atol = ATOL
+    if kv_type == "f16":
+        # K rows are stored once more, off by up to 2**-12 of their size in both; a score is a sum of 64 products with
+        # queries of size 2 over sqrt(64): off by 2**-12 / sqrt(3) * 2 each, twice that after two layers, which changes
+        # logits (size 3) in proportion; 5 times that for the largest of 16,000
+        atol = 2**-12 / np.sqrt(3) * 2 * 2 * 3 * 5
+    np.testing.assert_allclose(run(mixed(kv_type)), expected, rtol=0, atol=atol)
+
+
+#
+# states
+#
+
+
+@pytest.mark.parametrize("cold", ["f16", "q8_0", "q4_0", "iq4_nl"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "sequence"])
+def test_a_state_goes_to_the_cpu_and_back(whole: bool, cold: str, device: Device, make: Make) -> None:
+    params = {"n_seq_max": 2, "kv_unified": True}
+    seq_id = None if whole else 1
+
+    def fill(context: Context) -> None:
+        context.decode(random_tokens(100), seq_id=0)
+        context.decode(random_tokens(80, 1), seq_id=1)
+        context.memory.seq_rm(1, 20, 40)
+
+    on_device, on_cpu = (
+        make(kv_mixed=mixed(cold), **params),
+        make(device.on_cpu, kv_mixed=mixed(cold, "compose"), **params),
+    )
+    fill(on_device)
+    fill(on_cpu)
+    assert on_device.stats.cold_used > 100
+    state = on_device.state_save(seq_id)
+    assert state == on_cpu.state_save(seq_id)  # rows that were moved by the device's operations and by the kernel
+
+    on_cpu.memory.clear()
+    on_cpu.state_load(state, seq_id)
+    assert on_cpu.state_save(seq_id) == state
+    back = make(kv_mixed=mixed(cold), **params)
+    back.decode(random_tokens(30, 2), seq_id=1)  # which it replaces
+    back.state_load(on_cpu.state_save(seq_id), seq_id)
+    assert back.state_save(seq_id) == state
+
+    # and goes on as if nothing had happened
+    if whole:
+        for context in (on_device, on_cpu, back):
+            context.decode(random_tokens(40, 3), seq_id=1, logits="all")
+        np.testing.assert_array_equal(on_cpu.logits, on_device.logits)
+        np.testing.assert_array_equal(back.logits, on_device.logits)
+
+
+def test_a_sequence_comes_back_under_another_name(make: Make) -> None:
+    context = make(kv_mixed=mixed("q4_0"), n_seq_max=2, kv_unified=False, n_ctx=512)
+    context.decode(random_tokens(120), seq_id=0)
+    state = context.state_save(0)
+    context.state_load(state, 1)
+    context.decode(random_tokens(30, 1), seq_id=0, logits="all")
+    expected = context.logits
+    context.decode(random_tokens(30, 1), seq_id=1, logits="all")
+    np.testing.assert_array_equal(context.logits, expected)
+
+
+@pytest.mark.parametrize("cold", ["f16", "q4_0"])
+def test_rows_that_stay_on_the_device(cold: str, make: Make) -> None:
+    context = make(kv_mixed=mixed(cold), n_seq_max=2, kv_unified=True)
+    context.decode(random_tokens(150))
+    before = context.state_save(0)
+    kept = raw.state_get(context, 0, raw.ON_DEVICE)
+    assert len(kept) < len(before) / 4  # rows are not in it
+    context.memory.clear()
+    context.decode(random_tokens(150, 1), seq_id=1)  # other rows take the cells
+    context.memory.seq_rm(1)
+    assert raw.state_set(context, kept, 0, raw.ON_DEVICE) == (len(kept), "")
+    assert context.state_save(0) == before
+
+
+#
+# the trace
+#
+
+
+@pytest.mark.parametrize("cold", ["f16", "q8_0", "q4_0", "iq4_nl"])
+def test_errors_are_measured(cold: str, device: Device, make: Make) -> None:
+    def run(context: Context) -> list[tuple[Any, ...]]:
+        with Trace(context, layers=True) as trace:
+            decode(context)
+            moves = [e for e in trace.read() if e.kind == EventKind.MIGRATE]
+        return [(e.rmse_k, e.max_k, e.rmse_v, e.max_v, e.layers, e.bytes_in, e.bytes_out) for e in moves]
+
+    actual = run(make(kv_mixed=mixed(cold)))
+    assert len(actual) > 10
+    assert actual == run(make(device.on_cpu, kv_mixed=mixed(cold, "compose")))
+    if cold == "f16":
+        assert all(move[:4] == (0, 0, 0, 0) for move in actual)
+    else:
+        assert all(min(move[:4]) > 0 for move in actual)
