@@ -136,6 +136,10 @@ static std::string find_possible(ggml_backend_dev_t dev, layer_rows k, layer_row
 }
 
 std::string llama_kv_mixed_compose_reason(const llama_kv_mixed_attn_layer & layer) {
+    if (!layer.kv.has_cold()) {
+        return ""; // then it is upstream's own attention
+    }
+
     const ggml_tensor * k_hot  = layer.kv.get_hot ()->get_k_storage(layer.il);
     const ggml_tensor * k_cold = layer.kv.get_cold()->get_k_storage(layer.il);
     const ggml_tensor * v_hot  = llama_kv_cache_mixed::get_v_storage(*layer.kv.get_hot (), layer.il);
