@@ -14,9 +14,10 @@ static const int64_t tile_size = LLAMA_KV_MIXED_TILE;
 // as many tasks as keep the threads of a large machine busy to the end
 static const int64_t n_task_wanted = 64;
 
-// Rows of several heads share cache lines. Such heads are worked on together, tile by tile, as many as leave room in the
-// second cache level for their next tile, and where there are so many tasks then. More than the larger number are not worth
-// their merge.
+// A cell's rows of all KV heads lie side by side and share cache lines, so a task has several heads:
+// - as many as have a tile of this size, which leaves room in the second cache level for the next tile;
+// - if at least the smaller number of tasks remain, and cells are split for the larger one: more parts would cost more to merge
+//   than they gain
 static const int64_t max_tile_bytes    = 160*1024;
 static const int64_t min_tasks_grouped = 16;
 static const int64_t max_tasks_grouped = 32;

@@ -21,7 +21,7 @@ void llama_kv_mixed_attn_run(
     const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
 
     for (int64_t task = take(); task < plan.n_task; task = take()) {
-        // most likely the others will take one each before this is done
+        // What this thread will do next is a guess: the others take one task each meanwhile. It is for fetching ahead only.
         isa.attn_task(args, plan, task, std::min(task + n_threads, plan.n_task), partial, scratch);
     }
 }

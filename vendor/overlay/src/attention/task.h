@@ -103,8 +103,8 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
         };
     };
 
-    // What is fetched while head h of a tile is worked on: its rows of the next tile. Those of all heads lie side by side and
-    // share cache lines: then each one fetches as much of them.
+    // What is fetched while head h of a tile is worked on: the head's rows of the next tile. Where a task has all heads, whose
+    // rows lie side by side, it is an equal part of all these rows instead: they share cache lines.
     const auto locate_next = [&](int64_t it, int64_t h, bool is_v) {
         const bool last = it + 1 == end;
         if (last && task_next >= p.n_task) {
