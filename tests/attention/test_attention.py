@@ -31,6 +31,8 @@ from helpers.attention_cases import (
     pairwise,
     rotations,
 )
+from helpers.paths import ROOT
+from helpers.processes import environment, library_dir
 
 from llamamix import ParamsError, ggml
 from llamamix._ffi import ffi, lib
@@ -681,7 +683,10 @@ def args_of(field: str, value: Any) -> tuple[Any, int]:
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
-        ("struct_size", 8, "args is not a llama_kv_mixed_attn_args of this library"),
+        ("q", ffi.NULL, "q and dst must not be NULL"),
+        ("dst", ffi.NULL, "q and dst must not be NULL"),
+        ("cold.k", ffi.NULL, "k and v must not be NULL"),
+        ("cold.v", ffi.NULL, "k and v must not be NULL"),
         ("n_threads", 0, "n_threads=0 is below 1"),
         ("n_tokens", 0, "a size is below 1"),
         ("n_stream", -1, "a size is below 1"),
@@ -698,12 +703,54 @@ def args_of(field: str, value: Any) -> tuple[Any, int]:
         ("n_embd_v", 33, "a head of 33 values is not made of whole blocks of q4_0"),
     ],
 )
-def test_the_library_refuses_it_too(field: str, value: int, reason: str) -> None:
+def test_the_library_refuses_it_too(field: str, value: Any, reason: str) -> None:
     args, n_threads = args_of(field, value)
     assert lib.llama_kv_mixed_attn(args, n_threads, ffi.NULL) == -1
     assert ffi.string(lib.llama_kv_mixed_last_error()).decode() == reason
     assert lib.llama_kv_mixed_attn(Attention(**arguments())._args, 1, ffi.NULL) == 0
     assert ffi.string(lib.llama_kv_mixed_last_error()) == b""
+
+
+THREADS = """
+import resource, sys, threading
+import numpy as np
+from llamamix.attention import Attention
+
+rng = np.random.default_rng(0)
+rows = tuple(rng.standard_normal((1, 3000, 2, 64)).astype(np.float16) for _ in range(2))
+q = rng.standard_normal((1, 1, 4, 64)).astype(np.float32)
+attention = Attention(q, None, rows, types=("f16", "f16"))
+expected = attention.compute(1).copy()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]), resource.RLIM_INFINITY))
+for _ in range(20):
+    assert np.array_equal(attention.compute(16), expected)
+# that so many can not be started
+end = threading.Event()
+threads = [threading.Thread(target=end.wait) for _ in range(15)]
+n = 0
+try:
+    for thread in threads:
+        thread.start()
+        n += 1
+except (RuntimeError, MemoryError):
+    pass
+end.set()
+print(n)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="an address space that can be limited")
+@pytest.mark.skipif("LLAMAMIX_TEST_SANITIZER" in os.environ, reason="sanitizers take the address space")
+@pytest.mark.parametrize("more", [7 << 20, 40 << 20], ids=["none", "a few"])
+def test_threads_that_can_not_be_started_are_not_missed(more: int) -> None:
+    """There is no memory for their stacks; those that there are do the work, in the same bits."""
+    env = environment(LLAMAMIX_LIB_PATH=str(library_dir()), PYTHONPATH=str(ROOT))
+    command = ["sh", "-c", 'ulimit -s 8192 && exec "$@"', "sh", sys.executable, "-c", THREADS, str(more)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    n = int(result.stdout)
+    assert n == 0 if more < 8 << 20 else 0 < n < 15
 
 
 def test_the_library_names_the_instruction_sets_it_has() -> None:

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamamix import ContextParams, KVMixedParams, LlamamixError, Model, ModelParams, ParamsError, SamplingParams
+from llamamix import (
+    Batch,
+    Context,
+    ContextParams,
+    KVMixedParams,
+    LlamamixError,
+    MixedKVCache,
+    Model,
+    ModelParams,
+    ParamsError,
+    SamplingParams,
+    SBatch,
+)
 from llamamix._ffi import ffi, lib
+from llamamix.attention import Attention
 from llamamix.formats import FORMATS, format_name
 from llamamix.ggml import row_size
 from llamamix.params import resolve_kv_mixed
@@ -183,3 +201,142 @@ def test_context_params_reach_the_library() -> None:
     assert (c_params.n_ctx, c_params.n_seq_max, c_params.flash_attn_type) == (1024, 3, 0)
     assert (c_params.type_k, c_params.type_v, c_params.kv_unified) == (1, 8, True)
     assert (c_params.n_threads, c_params.n_threads_batch, c_params.no_perf) == (7, 7, False)
+
+
+#
+# structs in the C interface
+#
+
+SIZED = {
+    "params": "llama_kv_mixed_params",
+    "stats": "llama_kv_mixed_stats",
+    "layer": "llama_kv_mixed_layer",
+    "tier": "llama_kv_mixed_tier",
+    "ubatch": "llama_kv_mixed_ubatch",
+    "spec": "llama_kv_mixed_params",
+    "format": "llama_kv_mixed_format_info",
+}
+
+
+def last_error() -> str:
+    return ffi.string(lib.llama_kv_mixed_last_error()).decode()
+
+
+@pytest.fixture(scope="module")
+def fill(tiny_model: Model) -> Iterator[Callable[[str, Any], int]]:
+    """Calls that fill a struct, by its name."""
+    with Context(tiny_model, n_ctx=256, kv_mixed="hot=64,sink=1") as context, MixedKVCache.from_context(context) as cache:
+        batch = Batch()
+        for pos in range(5):
+            batch.add(7, pos, [0])
+
+        def call(name: str, struct: Any) -> int:
+            if name == "spec":
+                return lib.llama_kv_mixed_params_parse(b"hot=64,sink=1", struct)
+            if name == "format":
+                return lib.llama_kv_mixed_get_format_info(4, struct)
+            if name == "ubatch":
+                with SBatch(batch) as sbatch, sbatch._handle as pointer:
+                    n = lib.llama_kv_mixed_sbatch_split(pointer, 0, 3, struct)
+                    return n if n < 0 else n - 3
+            if name == "tier":
+                with cache._handle as kv:
+                    return lib.llama_kv_mixed_cache_get_tier(kv, 0, struct)
+            with context._handle as ctx:
+                if name == "layer":
+                    return lib.llama_kv_mixed_get_layer(tiny_model.handle().pointer, 0, struct)
+                return getattr(lib, f"llama_kv_mixed_get_{name}")(lib.llama_get_memory(ctx), struct)
+
+        yield call
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_structs_are_filled_as_far_as_both_know_them(name: str, fill: Callable[[str, Any], int]) -> None:
+    size = ffi.sizeof(f"struct {SIZED[name]}")
+
+    def filled(size_given: int) -> tuple[int, int, bytes]:
+        data = ffi.new("uint8_t[]", b"\xaa" * (size + 64))
+        struct = ffi.cast(f"struct {SIZED[name]} *", data)
+        struct.struct_size = size_given
+        code = fill(name, struct)
+        return code, struct.struct_size, bytes(ffi.buffer(data))[8:-1]
+
+    code, n, whole = filled(size)
+    assert (code, n) == (0, size) and whole[size - 8 :] == b"\xaa" * 64
+    for size_given in (12, size - 8, size + 32):
+        code, n, data = filled(size_given)
+        end = min(size_given, size)
+        assert (code, n) == (0, end)
+        if name != "ubatch":  # has pointers
+            assert data[: end - 8] == whole[: end - 8]
+        assert set(data[end - 8 :]) == {0xAA}
+    for size_given in (0, 8):
+        code, n, data = filled(size_given)
+        assert code == -1 and n == size_given and set(data) == {0xAA}
+        assert last_error() == "struct_size must be the size of the struct, in bytes"
+
+
+def test_structs_are_read_as_far_as_they_go(tiny_model: Model) -> None:
+    shape = ffi.new("struct llama_kv_mixed_shape *")
+    for name, value in (("n_layer", 1), ("n_head_kv", 1), ("n_embd_head_k", 32), ("n_embd_head_v", 32), ("n_ctx", 256)):
+        setattr(shape, name, value)
+    shape.n_seq_max, shape.type_k, shape.type_v = 1, FORMATS["f16"].type, FORMATS["f16"].type
+
+    def make(shape_size: int, params: Any) -> KVMixedParams | None:
+        shape.struct_size = shape_size
+        kv = lib.llama_kv_mixed_cache_init(shape, params)
+        if kv == ffi.NULL:
+            return None
+        found = ffi.new("struct llama_kv_mixed_params *")
+        found.struct_size = ffi.sizeof(found[0])
+        assert lib.llama_kv_mixed_get_params(lib.llama_kv_mixed_cache_get_memory(kv), found) == 0
+        lib.llama_kv_mixed_cache_free(kv)
+        return KVMixedParams.from_c(found)
+
+    size_shape, size_params = ffi.sizeof("struct llama_kv_mixed_shape"), ffi.sizeof("struct llama_kv_mixed_params")
+    params = KVMixedParams(hot=64, group=8, sink=1, threshold=0.5, attn="compose", cold="q8_0").to_c()
+    assert make(size_shape, params).attn == "compose"
+    params.struct_size = ffi.offsetof("struct llama_kv_mixed_params", "threshold")
+    short = make(size_shape, params)
+    assert (short.hot, short.group, short.sink) == (64, 8, 1)
+    assert (short.threshold, short.type_cold_k, short.attn) == (KVMixedParams().threshold, "q4_0", "auto")
+    model = tiny_model.handle().pointer
+    cparams = lib.llama_context_default_params()
+    cparams.n_ctx = 256
+    ctx = lib.llama_kv_mixed_init_from_model(model, cparams, params)
+    assert ctx != ffi.NULL
+    lib.llama_free(ctx)
+    for size, reason in (
+        (0, "struct_size must be the size of the struct, in bytes"),
+        (8, "struct_size must be the size of the struct, in bytes"),
+        (size_params + 8, f"the struct has {size_params + 8} bytes, this library knows {size_params} of them"),
+    ):
+        params.struct_size = size
+        assert make(size_shape, params) is None and reason in last_error()
+        assert lib.llama_kv_mixed_init_from_model(model, cparams, params) == ffi.NULL and reason in last_error()
+    # K and V types that are left out are 0, f32
+    shape.type_k = shape.type_v = FORMATS["q4_0"].type
+    for size in (0, 8, size_shape + 8):
+        assert make(size, KVMixedParams(hot=64).to_c()) is None and "bytes" in last_error()
+    assert make(ffi.offsetof("struct llama_kv_mixed_shape", "type_k"), KVMixedParams(hot=64).to_c()) is not None
+
+
+@pytest.mark.parametrize(("size", "ok"), [(0, False), (8, False), (-8, True), (0x1000, False)])
+def test_arguments_of_attention_are_read_as_far_as_they_go(size: int, ok: bool) -> None:
+    rows = np.ones((1, 8, 1, 32), np.float16)
+    attention = Attention(np.ones((1, 1, 1, 32), np.float32), None, (rows, rows), types=("f16", "f16"))
+    args = attention._args
+    args.struct_size = size if size >= 0 else ffi.sizeof(args[0]) + size
+    code = lib.llama_kv_mixed_attn(args, 1, ffi.NULL)
+    assert code == -1 and ("bytes" in last_error() or last_error() == "q and dst must not be NULL")
+    assert ("dst" in last_error()) == ok  # the last field
+
+
+def test_what_tests_need_is_no_part_of_the_interface() -> None:
+    include = Path(__file__).parents[1] / "vendor" / "overlay" / "include"
+    public = (include / "llama-kv-mixed.decl.h").read_text() + (include / "llama-kv-mixed.h").read_text()
+    own = set(re.findall(r"llama_kv_mixed\w+(?=\()", (include / "llama-kv-mixed-test.decl.h").read_text()))
+    assert own and not own & set(re.findall(r"\w+", public))
+    for name in own:
+        with pytest.raises(LlamamixError, match="no function"):
+            getattr(lib, name)

@@ -1,5 +1,11 @@
 // The C interface of the mixed KV cache: plain declarations only, no preprocessor.
 // C and C++ include llama-kv-mixed.h, which wraps this file; the Python bindings read it as it is.
+//
+// A struct that begins with struct_size has it set to its sizeof by the caller before any call, so that programs and
+// libraries of different age go together. One that the library reads may be shorter than the library's: the rest has its
+// defaults (0 where none are named); a longer one is refused. One that the library fills may be shorter or longer: it is
+// filled as far as both know it, and struct_size says how far. A struct_size that leaves no room for a field is refused.
+// Other structs are as long as llama_kv_mixed_sizeof() says.
 
 // How attention over a mixed KV cache is computed.
 enum llama_kv_mixed_attn_type {
@@ -8,8 +14,7 @@ enum llama_kv_mixed_attn_type {
     LLAMA_KV_MIXED_ATTN_COMPOSE = 2, // stock ggml operations: cold rows are expanded beside the hot ones
 };
 
-// How a mixed KV cache is shaped. Set struct_size to sizeof(struct llama_kv_mixed_params), or start from
-// llama_kv_mixed_default_params(). The hot types are those of llama_context_params (type_k, type_v).
+// How a mixed KV cache is shaped. Start from llama_kv_mixed_default_params(), which sets struct_size as well. The hot types are those of llama_context_params (type_k, type_v).
 struct llama_kv_mixed_params {
     size_t struct_size;
 
@@ -26,7 +31,7 @@ struct llama_kv_mixed_params {
     int32_t attn;        // enum llama_kv_mixed_attn_type
 };
 
-// What a mixed KV cache holds and has done so far. Set struct_size before the call.
+// What a mixed KV cache holds and has done so far.
 // Where a context's memory is more than that (sliding windows, recurrent states), all but bytes_rest is about the layers
 // that attend to the whole context.
 struct llama_kv_mixed_stats {
@@ -74,7 +79,7 @@ struct llama_context * llama_kv_mixed_init_from_model(
 const char * llama_kv_mixed_last_error(void);
 
 // The parameters in force and the state of a cache, of llama_get_memory() or llama_kv_mixed_cache_get_memory().
-// Return 0; or -1 when the memory is not a mixed KV cache and has none in it.
+// Return 0; or -1 when the memory is not a mixed KV cache and has none in it, with the reason in llama_kv_mixed_last_error().
 int32_t llama_kv_mixed_get_params(llama_memory_t mem, struct llama_kv_mixed_params * params);
 int32_t llama_kv_mixed_get_stats (llama_memory_t mem, struct llama_kv_mixed_stats * stats);
 
@@ -92,10 +97,10 @@ struct llama_kv_mixed_format_info {
     int32_t is_fused;   // 1: on the CPU the rows of tokens that become cold are rotated and stored in one pass
 };
 
-// The i-th format of this library. Set struct_size. Returns 0; or -1 when there is none.
+// The i-th format of this library. Returns 0; or -1 when there is none.
 int32_t llama_kv_mixed_get_format_info(uint32_t i, struct llama_kv_mixed_format_info * info);
 
-// What one layer of a model keeps of a token. Set struct_size before the call.
+// What one layer of a model keeps of a token.
 struct llama_kv_mixed_layer {
     size_t struct_size;
 
@@ -106,7 +111,7 @@ struct llama_kv_mixed_layer {
     int32_t is_swa;         // only of the tokens in its sliding window
 };
 
-// Returns 0; or -1 when the model has no such layer.
+// Returns 0; or -1 when the model has no such layer, with the reason as above.
 int32_t llama_kv_mixed_get_layer(const struct llama_model * model, uint32_t il, struct llama_kv_mixed_layer * layer);
 
 // sizeof of a struct that crosses this interface by value, by its name ("llama_batch"); 0 when the name is unknown.
@@ -190,7 +195,7 @@ uint32_t llama_kv_mixed_trace_read_layers(llama_memory_t mem, struct llama_kv_mi
 // a cache driven by hand: no model file, no decode
 //
 
-// What a cache needs to know about a model. Set struct_size.
+// What a cache needs to know about a model.
 struct llama_kv_mixed_shape {
     size_t   struct_size;
 
@@ -362,7 +367,7 @@ struct llama_kv_mixed_attn_args {
     float * dst;         // [n_stream][n_tokens][n_head][n_embd_v]
 };
 
-// Computes args->dst on so many threads. isa: the instruction set, NULL for the best one that this machine has.
+// Computes args->dst on so many threads, or on those that can be started. isa: the instruction set, NULL for the best one that this machine has.
 // Returns 0; or -1 with the reason in llama_kv_mixed_last_error().
 int32_t llama_kv_mixed_attn(const struct llama_kv_mixed_attn_args * args, int32_t n_threads, const char * isa);
 

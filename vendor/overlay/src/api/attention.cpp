@@ -1,11 +1,8 @@
+#include "api/api.h"
+
 #include "attention/attention.h"
-#include "cache/params.h"
 #include "cpu/isa.h"
 #include "formats/formats.h"
-
-#include "llama-impl.h"
-
-#include <stdexcept>
 
 static const llama_kv_mixed_isa & get_isa(const char * name) {
     const auto * res = llama_kv_mixed_get_isa(name);
@@ -19,10 +16,8 @@ static const llama_kv_mixed_isa & get_isa(const char * name) {
 // llama_kv_mixed_attn
 //
 
-static const llama_kv_mixed_isa & check(const llama_kv_mixed_attn_args * args, int32_t n_threads, const char * isa) {
-    if (!args || args->struct_size != sizeof(*args)) {
-        throw std::invalid_argument("args is not a llama_kv_mixed_attn_args of this library");
-    }
+static const llama_kv_mixed_isa & check_args(const llama_kv_mixed_attn_args * args, int32_t n_threads, const char * isa) {
+    check(args->q && args->dst, "q and dst must not be NULL");
     if (n_threads < 1) {
         throw std::invalid_argument(format("n_threads=%d is below 1", n_threads));
     }
@@ -45,6 +40,7 @@ static const llama_kv_mixed_isa & check(const llama_kv_mixed_attn_args * args, i
         if (seg.n_kv < 0) {
             throw std::invalid_argument("n_kv is negative");
         }
+        check(seg.n_kv == 0 || (seg.k && seg.v), "k and v must not be NULL");
         for (const auto & [type, n_embd] : { std::pair(seg.type_k, args->n_embd_k), std::pair(seg.type_v, args->n_embd_v) }) {
             if (!llama_kv_mixed_find_format(type)) {
                 throw std::invalid_argument(format("the type %d is not a KV cache type", type));
@@ -60,44 +56,39 @@ static const llama_kv_mixed_isa & check(const llama_kv_mixed_attn_args * args, i
 }
 
 LLAMA_API int32_t llama_kv_mixed_attn(const llama_kv_mixed_attn_args * args, int32_t n_threads, const char * isa) {
-    llama_kv_mixed_error().clear();
+    return guarded(-1, [&] {
+        const auto full = copy_in(args, llama_kv_mixed_attn_args {});
 
-    try {
-        llama_kv_mixed_attn_compute(check(args, n_threads, isa), *args, n_threads);
-    } catch (const std::exception & err) {
-        llama_kv_mixed_error() = err.what();
-        return -1;
-    }
+        llama_kv_mixed_attn_compute(check_args(&full, n_threads, isa), full, n_threads);
 
-    return 0;
+        return 0;
+    });
 }
 
 LLAMA_API int32_t llama_kv_mixed_quantize(
         const void * src, int32_t type_src, void * dst, int32_t type_dst, int64_t n_rows, int64_t n, int64_t n_rot, const char * isa) {
-    llama_kv_mixed_error().clear();
+    return guarded(-1, [&] {
+        check(src && dst && n_rows >= 0, "there are no rows");
 
-    try {
-        if (!src || !dst || n_rows < 0) {
-            throw std::invalid_argument("there are no rows");
-        }
         const auto & kernels = get_isa(isa);
+
         const auto * from = llama_kv_mixed_find_format(type_src, kernels);
         const auto * to   = llama_kv_mixed_find_format(type_dst, kernels);
+
         if (!from || !to || !llama_kv_mixed_can_quantize(*from, *to, n, n_rot)) {
             throw std::invalid_argument(format("rows of %d values of type %d, rotated in blocks of %d, do not go to type %d",
                 (int) n, type_src, (int) n_rot, type_dst));
         }
+
         const size_t nb_src = ggml_row_size((ggml_type) type_src, n);
         const size_t nb_dst = ggml_row_size((ggml_type) type_dst, n);
+
         for (int64_t i = 0; i < n_rows; ++i) {
             kernels.quantize_row(*from, (const char *) src + i*nb_src, *to, (char *) dst + i*nb_dst, n, n_rot);
         }
-    } catch (const std::exception & err) {
-        llama_kv_mixed_error() = err.what();
-        return -1;
-    }
 
-    return 0;
+        return 0;
+    });
 }
 
 LLAMA_API const char * llama_kv_mixed_attn_isas(void) {

@@ -59,30 +59,31 @@ LLAMA_API int32_t llama_kv_mixed_sbatch_split(llama_kv_mixed_sbatch * sbatch, in
             default: check(false, "there is no such split");
         }
 
-        const size_t size = dst->struct_size;
-        memset(dst, 0, size);
-        dst->struct_size = size;
+        llama_kv_mixed_ubatch res = {};
 
         if (ubatch.n_tokens == 0) {
             check(sbatch->balloc->get_n_used() == sbatch->balloc->get_n_tokens(), "the batch can not be split like this");
+            copy_out(res, dst);
             return 0;
         }
 
         sbatch->ubatches.push_back(std::move(ubatch));
         const auto & src = sbatch->ubatches.back();
 
-        dst->index        = sbatch->ubatches.size() - 1;
-        dst->n_tokens     = src.n_tokens;
-        dst->n_seq_tokens = src.n_seq_tokens;
-        dst->n_seqs       = src.n_seqs;
-        dst->n_seqs_unq   = src.n_seqs_unq;
-        dst->equal_seqs   = src.equal_seqs();
+        res.index        = sbatch->ubatches.size() - 1;
+        res.n_tokens     = src.n_tokens;
+        res.n_seq_tokens = src.n_seq_tokens;
+        res.n_seqs       = src.n_seqs;
+        res.n_seqs_unq   = src.n_seqs_unq;
+        res.equal_seqs   = src.equal_seqs();
 
-        dst->token    = src.token;
-        dst->pos      = src.pos;
-        dst->n_seq_id = src.n_seq_id;
-        dst->seq_id   = src.seq_id;
-        dst->output   = src.output;
+        res.token    = src.token;
+        res.pos      = src.pos;
+        res.n_seq_id = src.n_seq_id;
+        res.seq_id   = src.seq_id;
+        res.output   = src.output;
+
+        copy_out(res, dst);
 
         return (int32_t) src.n_tokens;
     });

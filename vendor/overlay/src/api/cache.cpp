@@ -27,9 +27,13 @@ static std::unique_ptr<llama_model> make_model(const llama_kv_mixed_shape & shap
     return res;
 }
 
-LLAMA_API llama_kv_mixed_cache * llama_kv_mixed_cache_init(const llama_kv_mixed_shape * shape, const llama_kv_mixed_params * params) {
+LLAMA_API llama_kv_mixed_cache * llama_kv_mixed_cache_init(const llama_kv_mixed_shape * shape_req, const llama_kv_mixed_params * params_req) {
     return guarded<llama_kv_mixed_cache *>(nullptr, [&] {
-        check_size(shape);
+        const auto shape_full  = copy_in(shape_req, llama_kv_mixed_shape {});
+        const auto params_full = params_req ? copy_in(params_req, llama_kv_mixed_default_params()) : llama_kv_mixed_params {};
+
+        const auto * shape  = &shape_full;
+        const auto * params = params_req ? &params_full : nullptr;
 
         check(shape->n_layer > 0 && shape->n_layer <= LLAMA_MAX_LAYERS, "n_layer is out of range");
         check(shape->n_seq_max > 0 && shape->n_seq_max <= LLAMA_MAX_SEQ, "n_seq_max is out of range");
@@ -51,7 +55,6 @@ LLAMA_API llama_kv_mixed_cache * llama_kv_mixed_cache_init(const llama_kv_mixed_
         const ggml_type type_v = (ggml_type) shape->type_v;
 
         if (params) {
-            check_size(params);
             check(shape->n_ctx > 0 || params->n_cold > 0, "n_ctx or n_cold must be at least 1");
 
             const uint32_t n_ctx = shape->n_ctx > 0 ? shape->n_ctx : params->n_hot + params->n_cold;
@@ -113,8 +116,6 @@ LLAMA_API llama_memory_t llama_kv_mixed_cache_get_memory(llama_kv_mixed_cache * 
 
 LLAMA_API int32_t llama_kv_mixed_cache_get_tier(const llama_kv_mixed_cache * cache, int32_t tier, llama_kv_mixed_tier * info) {
     return guarded(-1, [&] {
-        check_size(info);
-
         const auto & kv = cache->tier(tier);
 
         // a tier without cells has no layers
@@ -126,16 +127,21 @@ LLAMA_API int32_t llama_kv_mixed_cache_get_tier(const llama_kv_mixed_cache * cac
         const ggml_type type_k = is_cold ? (ggml_type) cache->mixed->get_params().type_cold_k : kv.type_k();
         const ggml_type type_v = is_cold ? (ggml_type) cache->mixed->get_params().type_cold_v : kv.type_v();
 
-        info->n_stream      = kv.get_n_stream();
-        info->size          = kv.get_size();
-        info->n_layer       = ids.size();
-        info->type_k        = type_k;
-        info->type_v        = type_v;
-        info->n_embd_head_k = cache->hparams->n_embd_head_k(il);
-        info->n_embd_head_v = cache->hparams->n_embd_head_v(il);
-        info->n_head_kv     = cache->hparams->n_head_kv(il);
-        info->row_size_k    = ggml_row_size(type_k, cache->hparams->n_embd_k_gqa(il));
-        info->row_size_v    = ggml_row_size(type_v, cache->hparams->n_embd_v_gqa(il));
+        llama_kv_mixed_tier res = {};
+
+        res.struct_size   = sizeof(res);
+        res.n_stream      = kv.get_n_stream();
+        res.size          = kv.get_size();
+        res.n_layer       = ids.size();
+        res.type_k        = type_k;
+        res.type_v        = type_v;
+        res.n_embd_head_k = cache->hparams->n_embd_head_k(il);
+        res.n_embd_head_v = cache->hparams->n_embd_head_v(il);
+        res.n_head_kv     = cache->hparams->n_head_kv(il);
+        res.row_size_k    = ggml_row_size(type_k, cache->hparams->n_embd_k_gqa(il));
+        res.row_size_v    = ggml_row_size(type_v, cache->hparams->n_embd_v_gqa(il));
+
+        copy_out(res, info);
 
         return 0;
     });

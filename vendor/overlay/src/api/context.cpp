@@ -1,22 +1,9 @@
+#include "api/api.h"
+
 #include "cache/kv-cache-mixed.h"
-#include "cache/params.h"
 #include "formats/formats.h"
 
-#include "llama-impl.h"
 #include "llama-model.h"
-
-#include <algorithm>
-#include <cstring>
-#include <stdexcept>
-#include <string>
-
-// fills a caller's struct as far as the caller knows it
-template <typename T>
-static void copy_out(const T & src, T * dst) {
-    const size_t size = std::min(dst->struct_size, sizeof(T));
-    memcpy(dst, &src, size);
-    dst->struct_size = size;
-}
 
 static uint64_t get_bytes(const llama_memory_i & mem) {
     uint64_t res = 0;
@@ -43,40 +30,30 @@ LLAMA_API llama_kv_mixed_params llama_kv_mixed_default_params(void) {
 }
 
 LLAMA_API int32_t llama_kv_mixed_params_parse(const char * spec, llama_kv_mixed_params * params) {
-    llama_kv_mixed_error().clear();
+    return guarded(-1, [&] {
+        check(spec, "spec must not be NULL");
+        check_size(params);
 
-    try {
-        if (!spec || !params) {
-            throw std::invalid_argument("spec and params must not be NULL");
-        }
-        *params = llama_kv_mixed_parse_spec(spec);
-    } catch (const std::exception & err) {
-        llama_kv_mixed_error() = err.what();
-        return -1;
-    }
+        copy_out(llama_kv_mixed_parse_spec(spec), params);
 
-    return 0;
+        return 0;
+    });
 }
 
 LLAMA_API llama_context * llama_kv_mixed_init_from_model(
         llama_model * model,
         llama_context_params cparams,
         const llama_kv_mixed_params * params) {
-    llama_kv_mixed_error().clear();
-
     std::optional<llama_kv_mixed_params> request;
 
-    try {
+    const bool ok = guarded(false, [&] {
         if (params) {
-            if (params->struct_size != sizeof(*params)) {
-                throw std::invalid_argument(format("llama_kv_mixed_params has %zu bytes here, the caller's has %zu",
-                    sizeof(*params), params->struct_size));
-            }
-            llama_kv_mixed_validate(*params);
-            request = *params;
+            request = copy_in(params, llama_kv_mixed_default_params());
+            llama_kv_mixed_validate(*request);
         }
-    } catch (const std::exception & err) {
-        llama_kv_mixed_error() = err.what();
+        return true;
+    });
+    if (!ok) {
         return nullptr;
     }
 
@@ -97,32 +74,35 @@ LLAMA_API const char * llama_kv_mixed_last_error(void) {
     return llama_kv_mixed_error().c_str();
 }
 
+static const llama_kv_cache_mixed & get_mixed(llama_memory_t mem) {
+    const auto * res = llama_kv_mixed_find(mem);
+    check(res, "the memory is not a mixed KV cache, and has none in it");
+
+    return *res;
+}
+
 LLAMA_API int32_t llama_kv_mixed_get_params(llama_memory_t mem, llama_kv_mixed_params * params) {
-    const auto * kv = llama_kv_mixed_find(mem);
-    if (!kv) {
-        return -1;
-    }
+    return guarded(-1, [&] {
+        llama_kv_mixed_params res = get_mixed(mem).get_params();
+        res.struct_size = sizeof(res);
 
-    llama_kv_mixed_params res = kv->get_params();
-    res.struct_size = sizeof(res);
-    copy_out(res, params);
+        copy_out(res, params);
 
-    return 0;
+        return 0;
+    });
 }
 
 LLAMA_API int32_t llama_kv_mixed_get_stats(llama_memory_t mem, llama_kv_mixed_stats * stats) {
-    const auto * kv = llama_kv_mixed_find(mem);
-    if (!kv) {
-        return -1;
-    }
+    return guarded(-1, [&] {
+        const auto & kv = get_mixed(mem);
 
-    auto res = kv->get_stats();
+        auto res = kv.get_stats();
+        res.bytes_rest = get_bytes(*mem) - get_bytes(kv);
 
-    res.bytes_rest = get_bytes(*mem) - get_bytes(*kv);
+        copy_out(res, stats);
 
-    copy_out(res, stats);
-
-    return 0;
+        return 0;
+    });
 }
 
 LLAMA_API int32_t llama_kv_mixed_trace_start(llama_memory_t mem, uint32_t n_max, uint32_t flags) {
@@ -149,37 +129,38 @@ LLAMA_API uint32_t llama_kv_mixed_trace_read_layers(llama_memory_t mem, llama_kv
 }
 
 LLAMA_API int32_t llama_kv_mixed_get_format_info(uint32_t i, llama_kv_mixed_format_info * info) {
-    const auto * format = llama_kv_mixed_get_format(i);
-    if (!format) {
-        return -1;
-    }
+    return guarded(-1, [&] {
+        const auto * format = llama_kv_mixed_get_format(i);
+        check(format, "there is no such format");
 
-    llama_kv_mixed_format_info res = {};
+        llama_kv_mixed_format_info res = {};
 
-    res.struct_size = sizeof(res);
-    res.name        = format->name;
-    res.type        = format->type;
-    res.n_block     = ggml_blck_size(format->type);
-    res.size_block  = ggml_type_size(format->type);
-    res.is_hot      = format->load != nullptr;
-    res.is_direct   = format->dot && format->acc;
-    res.is_fused    = format->quantize != nullptr;
+        res.struct_size = sizeof(res);
+        res.name        = format->name;
+        res.type        = format->type;
+        res.n_block     = ggml_blck_size(format->type);
+        res.size_block  = ggml_type_size(format->type);
+        res.is_hot      = format->load != nullptr;
+        res.is_direct   = format->dot && format->acc;
+        res.is_fused    = format->quantize != nullptr;
 
-    copy_out(res, info);
+        copy_out(res, info);
 
-    return 0;
+        return 0;
+    });
 }
 
 LLAMA_API int32_t llama_kv_mixed_get_layer(const llama_model * model, uint32_t il, llama_kv_mixed_layer * layer) {
     const auto & hparams = model->hparams;
 
-    if (il >= hparams.n_layer_all) {
-        return -1;
-    }
-
     llama_kv_mixed_layer res = {};
 
     res.struct_size = sizeof(res);
+
+    if (il >= hparams.n_layer_all) {
+        llama_kv_mixed_error() = "the model has no such layer";
+        return -1;
+    }
 
     // as in create_memory()
     bool is_attn = hparams.has_kv(il) && !hparams.is_recr(il);
@@ -197,9 +178,11 @@ LLAMA_API int32_t llama_kv_mixed_get_layer(const llama_model * model, uint32_t i
         res.is_swa        = hparams.is_swa(il);
     }
 
-    copy_out(res, layer);
+    return guarded(-1, [&] {
+        copy_out(res, layer);
 
-    return 0;
+        return 0;
+    });
 }
 
 LLAMA_API size_t llama_kv_mixed_sizeof(const char * name) {

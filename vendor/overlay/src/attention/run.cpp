@@ -32,10 +32,15 @@ void llama_kv_mixed_attn_compute(const llama_kv_mixed_isa & isa, const llama_kv_
     std::vector<float> partial(plan.n_partials());
     std::vector<float> scratch(plan.n_scratch()*n_threads);
 
+    // work is what a thread takes of it: where not all of them can be started, the others do it
     const auto run = [&](const auto & work) {
         std::vector<std::thread> threads;
-        for (int i = 1; i < n_threads; ++i) {
-            threads.emplace_back(work, i);
+        threads.reserve(n_threads - 1);
+        try {
+            for (int i = 1; i < n_threads; ++i) {
+                threads.emplace_back(work, i);
+            }
+        } catch (const std::exception &) {
         }
         work(0);
         for (auto & thread : threads) {
@@ -50,8 +55,11 @@ void llama_kv_mixed_attn_compute(const llama_kv_mixed_isa & isa, const llama_kv_
 
     if (plan.n_partial > 0) {
         const int64_t n_rows = args.n_stream*args.n_tokens*args.n_head;
-        run([&](int i) {
-            isa.attn_merge(args, plan, partial.data(), n_rows*i/n_threads, n_rows*(i + 1)/n_threads);
+        next = 0;
+        run([&](int) {
+            for (int64_t i = next++; i < n_threads; i = next++) {
+                isa.attn_merge(args, plan, partial.data(), n_rows*i/n_threads, n_rows*(i + 1)/n_threads);
+            }
         });
     }
 }

@@ -1,6 +1,6 @@
 #pragma once
 
-// the bytes of a saved state, and their checksum
+// the bytes of a saved state: their order, readers and writers, checksums
 
 #include "llama-io.h"
 
@@ -12,6 +12,29 @@
 #include <stdexcept>
 #include <typeinfo>
 #include <vector>
+
+//
+// format
+//
+//   header
+//   hot, cold: the layers' types and row sizes, how cold rows are rotated; for each stream where the next search for free cells begins, and its cells
+//   checksum of all that
+//   hot, cold: for each stream its rows, K layer by layer, then V
+//   checksum of the rows
+//   beside sliding windows or recurrent layers: their part as upstream writes it, and its checksum
+//
+// Cells come first and are checked as a whole: nothing changes before it is known that the state can be taken. Upstream's
+// format leaves pending shifts out, although its K rows are those from before the shift.
+//
+
+// a plain cache's state begins with its number of streams, which no magic can be taken for
+struct llama_kv_mixed_state_header {
+    uint32_t magic     = 0x78696d6b; // "kmix"
+    uint32_t version   = 4;
+    uint32_t n_stream  = 1;          // 1 for a single sequence
+    uint32_t whole     = 0;          // 1: all sequences
+    uint32_t on_device = 0;          // the copy of the rows that was left on the device, 0: they are in the state
+};
 
 // for tests: the bytes that checksums were made of so far
 inline std::atomic<uint64_t> state_bytes_summed { 0 };
