@@ -582,7 +582,8 @@ def test_a_size_is_told_without_a_look_at_the_rows(seq_id: int | None, make_cont
             size = raw.lib.llama_state_seq_get_size_ext(ctx, seq_id, 0)
             raw.lib.llama_state_seq_get_size_ext(ctx, seq_id, raw.ON_DEVICE)
     with MixedKVCache.from_context(context) as cache, cache._handle as pointer:
-        size_cache = bindings.lib.llama_kv_mixed_cache_state_get(pointer, -1 if seq_id is None else 0, bindings.ffi.NULL, 0)
+        number = -1 if seq_id is None else seq_id
+        size_cache = bindings.lib.llama_kv_mixed_cache_state_get(pointer, number, bindings.ffi.NULL, 0)
     assert summed() == before
     assert len(raw.state_get(context, seq_id)) == size
     one_state = summed() - before

@@ -449,8 +449,8 @@ def test_half_a_state_changes_nothing(
 ) -> None:
     """One that ends too early, in whatever part of the memory; from memory and from a file, beyond whose end libllama's
     reader finds whatever there was before."""
-    params = {"n_seq_max": 2, "kv_unified": unified, "n_ctx": 2 * N_CTX, "swa_full": True, "type_k": "f16", "type_v": "f16"}
-    params["flash_attn"] = flash_attn
+    params: dict[str, Any] = {"n_seq_max": 2, "kv_unified": unified, "n_ctx": 2 * N_CTX, "swa_full": True}
+    params |= {"type_k": "f16", "type_v": "f16", "flash_attn": flash_attn}
     source, target, twin = (make(family, **params) for _ in range(3))
     source.decode(TOKENS[:400], seq_id=0)
     source.decode(TOKENS[:20], seq_id=1)

@@ -225,7 +225,8 @@ def last_error() -> str:
 @pytest.fixture(scope="module")
 def fill(tiny_model: Model) -> Iterator[Callable[[str, Any], int]]:
     """Calls that fill a struct, by its name."""
-    with Context(tiny_model, n_ctx=256, kv_mixed="hot=64,sink=1") as context, MixedKVCache.from_context(context) as cache:
+    params = {"n_ctx": 256, "kv_mixed": "hot=64,sink=1"}
+    with Context(tiny_model, **params) as context, MixedKVCache.from_context(context) as cache:
         batch = Batch()
         for pos in range(5):
             batch.add(7, pos, [0])
