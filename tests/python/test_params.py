@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.paths import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -334,7 +334,7 @@ def test_arguments_of_attention_are_read_as_far_as_they_go(size: int, ok: bool) 
 
 
 def test_what_tests_need_is_no_part_of_the_interface() -> None:
-    include = Path(__file__).parents[1] / "vendor" / "overlay" / "include"
+    include = ROOT / "vendor" / "overlay" / "include"
     public = (include / "llama-kv-mixed.decl.h").read_text() + (include / "llama-kv-mixed.h").read_text()
     own = set(re.findall(r"llama_kv_mixed\w+(?=\()", (include / "llama-kv-mixed-test.decl.h").read_text()))
     assert own and not own & set(re.findall(r"\w+", public))
