@@ -70,6 +70,38 @@ def test_the_same_tokens(tiny_model_path: Path, tiny_model: Model) -> None:
     assert plain != tokens  # Q4_0 makes a difference
 
 
+EMBED = """
+import json, sys
+from llama_cpp import Llama
+
+model, texts, params = json.loads(sys.argv[1])
+sizes = {"n_ctx": 2048, "n_batch": 1024, "n_ubatch": 1024}
+llama = Llama(model, embedding=True, pooling_type=1, verbose=True, n_threads=1, **sizes, **params)
+print(json.dumps(llama.embed(texts, normalize=False)))
+"""
+
+
+@needs_llama_cpp
+def test_embeddings_are_those_of_a_plain_cache(tiny_model_path: Path) -> None:
+    """It asks for 256 sequences in one unified cache, whose sinks alone would fill hot, and for texts longer than hot."""
+    texts = ["abc " * 200, "x", "de fg " * 90]
+
+    def embed(spec: str | None, **params: Any) -> np.ndarray:
+        command = [sys.executable, "-c", EMBED, json.dumps([str(tiny_model_path), texts, params])]
+        env = environment(LLAMA_CPP_LIB_PATH=str(library_dir()), LLAMA_KV_MIXED=spec)
+        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert ("creating hot KV cache" in result.stderr) == (spec is not None)
+        return np.array(json.loads(result.stdout))
+
+    plain = embed(None)
+    # what another kernel makes of the same rows: ggml's flash attention, whose sums are less exact than ours
+    noise = np.abs(embed(None, flash_attn=True) - plain).max()
+    for spec in ("1", "hot=64"):
+        assert np.abs(embed(spec) - plain).max() <= 2 * noise
+    assert np.abs(plain[0] - plain[2]).max() > 100 * noise  # texts differ by more
+
+
 @needs_llama_cpp
 def test_a_bad_spec_is_an_error(tiny_model_path: Path) -> None:
     with pytest.raises(AssertionError, match="LLAMA_KV_MIXED: hot=many is not a whole number"):

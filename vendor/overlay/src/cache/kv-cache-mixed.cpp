@@ -2,8 +2,6 @@
 
 #include "cache/context.h"
 #include "cache/params.h"
-#include "llama-kv-mixed-hooks.h"
-
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
@@ -375,7 +373,8 @@ llama_memory_context_ptr llama_kv_cache_mixed::init_batch(llama_batch_allocr & b
 
     auto sinfos = prepare(ubatches);
     if (sinfos.empty()) {
-        return std::make_unique<llama_kv_cache_mixed_context>(llama_kv_mixed_status_failed(*this));
+        return std::make_unique<llama_kv_cache_mixed_context>(
+            is_shift_pending() ? LLAMA_MEMORY_STATUS_FAILED_COMPUTE : LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
 
     return std::make_unique<llama_kv_cache_mixed_context>(this, std::move(sinfos), std::move(ubatches));
