@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.processes import N_THREADS
 from helpers.tiny_model import write_tiny_model
 
 from llamamix import Context, Model, PullError
@@ -43,11 +42,11 @@ def tiny_model(tiny_model_path: Path) -> Iterator[Model]:
 
 @pytest.fixture
 def make_context(tiny_model: Model) -> Iterator[Callable[..., Context]]:
-    """Makes contexts of the tiny model: 256 cells and a plain F16 cache unless asked otherwise."""
+    """Makes contexts of the tiny model: one thread, 256 cells and a plain F16 cache unless asked otherwise."""
     contexts = []
 
     def make(model: Model = tiny_model, **params: Any) -> Context:
-        contexts.append(Context(model, **{"n_ctx": 256, "n_threads": N_THREADS, "kv_mixed": False} | params))
+        contexts.append(Context(model, **{"n_ctx": 256, "n_threads": 1, "kv_mixed": False} | params))
         return contexts[-1]
 
     yield make

@@ -30,10 +30,10 @@ QUICK = {
         ["tests/cache", "tests/attention/test_attention.py", "tests/attention/test_quantize.py"],
         "not test_cache_machine and (not any_case or q4_0-q4_0)",
     ),
-    # what several threads do at a time: read a trace, move tokens, compute, abort
+    # what several threads do at a time: move tokens and compute, read a trace, take turns with a cache
     "tsan": (
         ["tests/cache", "tests/trace", "tests/attention/test_attention.py"],
-        "test_migration or ring or thread or abort or agree",
+        "two_threads or test_the_ring or overflows or another_thread or threads_take_turns or agree",
     ),
 }
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.allowances import ATOL, F32
-from helpers.processes import N_THREADS, environment, library_dir
+from helpers.processes import environment, library_dir
 from helpers.tiering import Full, Tiering
 from helpers.tiny_model import random_tokens
 
@@ -35,7 +35,7 @@ class Trio:
         self, model: Model, n_ctx: int = 512, n_ubatch: int = 64, n_seq: int = 1, unified: bool = True, **shape: Any
     ):
         self.n_seq, self.n_ubatch = n_seq, n_ubatch
-        params = F32 | {"n_ctx": n_ctx, "n_ubatch": n_ubatch, "n_threads": N_THREADS, "n_seq_max": n_seq, "kv_unified": unified}
+        params = F32 | {"n_ctx": n_ctx, "n_ubatch": n_ubatch, "n_threads": 1, "n_seq_max": n_seq, "kv_unified": unified}
         self.mixed = Context(model, kv_mixed=KVMixedParams(cold="f32", **shape), **params)
         self.plain = Context(model, kv_mixed=False, **params)
         n_stream = self.mixed.stats.n_stream
@@ -730,3 +730,27 @@ def test_graphs_are_reused(flash_attn: str, make_context: MakeContext) -> None:
     # cold crosses 4 multiples of 256 on 1,000 cells, or 3. The first graph is new.
     n_built = context.perf.n_eval - context.perf.n_reused
     assert n_built <= 2 + 4 + 1
+
+
+#
+# threads
+#
+
+
+@pytest.mark.parametrize("attn", ["fused", "compose"])
+@pytest.mark.parametrize("cold", ["f32", "q4_0"])
+def test_two_threads_compute_the_same(cold: str, attn: str, make_context: MakeContext) -> None:
+    """A prompt, single tokens and a shift, with migrations all along."""
+    kv_mixed = KVMixedParams(hot=32, group=8, sink=2, cold=cold, attn=attn)
+    one, two = (make_context(**F32, n_ubatch=16, kv_mixed=kv_mixed, n_threads=n, n_threads_batch=n) for n in (1, 2))
+    assert (two.n_threads, two.n_threads_batch) == (2, 2)
+    tokens = random_tokens(90)
+    for context in (one, two):
+        context.decode(tokens[:60])
+        for token in tokens[60:70]:
+            context.decode([token])
+        context.memory.seq_rm(0, 10, 30)
+        context.memory.seq_add(0, 30, -1, -20)
+        context.decode(tokens[70:], logits="all")
+        assert context.stats.n_migrations > 5
+    np.testing.assert_array_equal(two.logits, one.logits)

@@ -11,9 +11,6 @@ from llamamix import _ffi
 
 from .paths import ROOT
 
-#: threads that contexts compute with: one, and two where data races are looked for (tools/sanitize.py)
-N_THREADS = 2 if os.environ.get("LLAMAMIX_TEST_SANITIZER") == "tsan" else 1
-
 
 def library_dir() -> Path:
     """The folder of the libllama that these tests use."""
