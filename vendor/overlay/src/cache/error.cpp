@@ -2,8 +2,9 @@
 
 #include "cache/kv-cache-mixed.h"
 
+#include "formats/formats.h"
+
 #include <cmath>
-#include <cstring>
 
 // the fast Walsh-Hadamard transform in blocks of n values, orthonormal and its own inverse
 static void rotate(std::vector<float> & x, size_t n) {
@@ -48,11 +49,7 @@ void llama_kv_cache_mixed::measure_error(
 
         ggml_backend_tensor_get(t, raw.data(), row*raw.size(), raw.size());
 
-        if (t->type == GGML_TYPE_F32) {
-            memcpy(out.data(), raw.data(), raw.size());
-        } else {
-            ggml_get_type_traits(t->type)->to_float(raw.data(), out.data(), out.size());
-        }
+        llama_kv_mixed_expand_row(*llama_kv_mixed_find_format(t->type), raw.data(), out.size(), out.data());
     };
 
     std::vector<float> row_src;

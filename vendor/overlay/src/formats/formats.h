@@ -23,5 +23,5 @@ std::string llama_kv_mixed_format_names();
 // whether rows of n values go from one format to another by the kernels, rotated in blocks of n_rot values, 0: not rotated
 bool llama_kv_mixed_can_quantize(const llama_kv_mixed_format & from, const llama_kv_mixed_format & to, int64_t n, int64_t n_rot);
 
-// a row as floats, by the kernels or by ggml
+// a row of n values as floats, by ggml
 void llama_kv_mixed_expand_row(const llama_kv_mixed_format & format, const void * src, int64_t n, float * dst);
