@@ -43,12 +43,11 @@ def random_tokens(n: int, seed: int = 0) -> np.ndarray:
 
 
 def checksum(parts: list[bytes]) -> int:
-    """Of parts that are added one after the other."""
-    h = 0x78696D6B
-    for part in parts:
-        for i in range(0, len(part), 8):
-            h = ((h ^ int.from_bytes(part[i : i + 8], "little")) * 0x9E3779B97F4A7C15) % 2**64
-            h ^= h >> 32
+    """Of parts that follow each other."""
+    h, whole = 0x78696D6B, b"".join(parts)
+    for i in range(0, len(whole), 8):
+        h = ((h ^ int.from_bytes(whole[i : i + 8], "little")) * 0x9E3779B97F4A7C15) % 2**64
+        h ^= h >> 32
     return h
 
 

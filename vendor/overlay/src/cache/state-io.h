@@ -64,7 +64,8 @@ inline bool state_counts_only(const llama_io_write_i & io) {
     return dynamic_cast<const state_counter *>(&io) || strstr(typeid(io).name(), "llama_io_write_dummy");
 }
 
-// a change within one 8-byte word always shows, any other one but for once in 2^64
+// A change within one 8-byte word always shows, any other one but for once in 2^64. In what pieces the bytes come does not
+// matter: upstream reads some of them in other pieces than it wrote.
 class state_checksum {
 public:
     void add(const void * data, size_t size) {
@@ -72,29 +73,46 @@ public:
 
         const auto * p = (const uint8_t *) data;
 
+        while (size > 0 && n_rest > 0) {
+            add_rest(*p++);
+            size--;
+        }
+
         for (; size >= 8; size -= 8, p += 8) {
             uint64_t w;
             memcpy(&w, p, 8);
-            mix(w);
+            h = mix(h, w);
         }
 
-        if (size > 0) {
-            uint64_t w = 0;
-            memcpy(&w, p, size);
-            mix(w);
+        for (; size > 0; --size) {
+            add_rest(*p++);
         }
     }
 
     uint64_t get() const {
-        return h;
+        return n_rest == 0 ? h : mix(h, rest);
     }
 
 private:
     uint64_t h = 0x78696d6b;
 
-    void mix(uint64_t w) {
+    // a word that is not complete yet
+    uint64_t rest   = 0;
+    uint32_t n_rest = 0;
+
+    void add_rest(uint8_t x) {
+        rest |= (uint64_t) x << 8*n_rest;
+        if (++n_rest == 8) {
+            h = mix(h, rest);
+            rest   = 0;
+            n_rest = 0;
+        }
+    }
+
+    static uint64_t mix(uint64_t h, uint64_t w) {
         h  = (h ^ w)*0x9e3779b97f4a7c15ull;
         h ^= h >> 32;
+        return h;
     }
 };
 
