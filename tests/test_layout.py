@@ -16,3 +16,7 @@ def test_nothing_is_imported_from_a_test(path: Path) -> None:
     """Nor by the programs that tests write: what several need is in tests/helpers."""
     imports = re.findall(r"^\s*(?:from|import)\s+(.+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     assert [line for line in imports if re.search(r"\btest_\w+|\bconftest\b", line)] == []
+
+
+def test_every_test_is_in_a_folder() -> None:
+    assert sorted(path.name for path in TESTS.glob("*.py")) == ["conftest.py", "test_layout.py"]

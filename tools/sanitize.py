@@ -3,7 +3,7 @@
 
     python tools/sanitize.py asan               # addresses and undefined behaviour; assertions are on
     python tools/sanitize.py tsan               # data races; two threads compute, without OpenMP
-    python tools/sanitize.py asan --quick       # the part of them that takes a minute or two
+    python tools/sanitize.py asan --quick       # the part of them that CI runs
     python tools/sanitize.py asan tests/cache/test_cache.py -x  # what pytest takes: files first, then options
 
 It builds the preset of that name (minutes, the first time) and runs the tests of the cache, of the attention kernel and
@@ -84,7 +84,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sanitizer", choices=list(OPTIONS))
     parser.add_argument("--no-build", action="store_true", help="take the library as it is")
-    parser.add_argument("--quick", action="store_true", help="a part of the tests that takes a minute or two")
+    parser.add_argument("--quick", action="store_true", help="the part of the tests that CI runs")
     args, pytest_args = parser.parse_known_args()
 
     if not args.no_build:
