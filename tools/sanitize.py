@@ -7,7 +7,8 @@
     python tools/sanitize.py asan tests/cache/test_cache.py -x  # what pytest takes: files first, then options
 
 It builds the preset of that name (minutes, the first time) and runs the tests of the cache, of the attention kernel and
-of contexts unless told otherwise. The first finding ends the run. Python itself is not instrumented: the sanitizer's runtime is loaded before it.
+of contexts unless told otherwise. The first finding ends the run. Python itself is not instrumented: the sanitizer's
+runtime is loaded before it.
 """
 
 from __future__ import annotations
