@@ -134,6 +134,18 @@ public:
         io.write(data, size);
     }
 
+    // as a tensor, which some writers want to know
+    void put(ggml_tensor * tensor, size_t offset, size_t size) {
+        if (!counts_only && ggml_backend_buffer_is_host(tensor->buffer)) {
+            sum.add((const uint8_t *) tensor->data + offset, size);
+        } else if (!counts_only) {
+            buf.resize(size);
+            ggml_backend_tensor_get(tensor, buf.data(), offset, size);
+            sum.add(buf.data(), size);
+        }
+        io.write_tensor(tensor, offset, size);
+    }
+
     void end() {
         const uint64_t h = sum.get();
         io.write(&h, sizeof(h));
@@ -147,6 +159,8 @@ public:
 
 private:
     state_checksum sum;
+
+    std::vector<uint8_t> buf;
 };
 
 class state_reader {
@@ -191,14 +205,11 @@ public:
     }
 
     void write_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
-        if (on_device || out.counts_only) {
+        if (on_device) {
             out.io.write_tensor(tensor, offset, size);
-            return;
+        } else {
+            out.put(tensor, offset, size);
         }
-
-        buf.resize(size);
-        ggml_backend_tensor_get(tensor, buf.data(), offset, size);
-        out.put(buf.data(), size);
     }
 
     size_t n_bytes() override {
@@ -209,8 +220,6 @@ public:
 
 private:
     const bool on_device;
-
-    std::vector<uint8_t> buf;
 };
 
 class state_part_reader : public llama_io_read_i {
