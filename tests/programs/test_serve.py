@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.processes import environment
+from helpers.processes import environment, library_dir
 
 from llamamix import KVMixedParams, ServerError
 from llamamix.server import Server, find_server
@@ -155,8 +155,6 @@ def test_bad_usage_exits_2(stand_in: Callable, tiny_model_path: Path) -> None:
 
 
 def test_there_is_no_server(tmp_path: Path, tiny_model_path: Path) -> None:
-    from helpers.processes import library_dir
-
     (tmp_path / "lib").mkdir()
     for file in library_dir().glob("lib*"):
         (tmp_path / "lib" / file.name).symlink_to(file)
