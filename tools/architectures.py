@@ -47,7 +47,7 @@ MIXED = {"hot": 32, "group": 8, "sink": 2, "cold": "f32"}
 
 # Operations: the rows of one type are met by the fused kernel. With F16 ones, which upstream multiplies with queries
 # rounded to F16, the composed attention does the same operations as a plain cache.
-WAYS = (("f32", "fused"), ("f16", "compose"))
+WAYS = (("f32", "auto"), ("f16", "compose"))
 N_SEQ = 4
 # A plain cache with its cells in another order differs from itself by some m, the median over tokens, and nowhere by more
 # than ORDER_MAX of them unless values jump; the mixed one may by MARGIN as much. F16 weights of cells in two tiers may be
@@ -67,7 +67,7 @@ python tools/architectures.py > docs/architectures.md
 
 *mixed*: hot and cold for all layers that attend to the whole context. With cold rows stored as exactly as hot ones the
 logits are those of a plain cache: 400 tokens, of which 32 are hot, prompt and single tokens, both ways to compute
-attention, within what the order of floating point sums allows. And they are after a prompt, single tokens, a rollback, a
+attention where both are possible, within what the order of floating point sums allows. And they are after a prompt, single tokens, a rollback, a
 copy of a sequence, two sequences side by side, a shift, a state restored to the same and to another sequence and to a
 context, with a unified cache and with a stream for every sequence. *rest*: what stays as it is, a small cache for layers with
 a sliding window (in the context's own type), the state of recurrent layers. *refused*: the context is not created, and
@@ -78,7 +78,7 @@ No toys are made of some architectures: Gemma 3n, T5 (refused for its relative p
 that attend to the whole context, the mixed one takes its place; any other memory is refused.
 
 """
-COLUMNS = ("architecture", "KV cache", "layers mixed", "rest", "largest difference / allowed")
+COLUMNS = ("architecture", "KV cache", "layers mixed", "attention", "rest", "largest difference / allowed")
 
 
 def make_toys(tool: Path, folder: Path, pattern: str = "") -> list[Path]:
@@ -92,7 +92,7 @@ def check(path: Path) -> dict[str, Any]:
     """Run one model plain and mixed.
 
     Returns its ``arch`` and ``status``: "mixed", "refused" or "differs", with the ``reason``. For mixed ones also
-    ``n_layer`` of those that are mixed, of ``n_layer_all``, whether there is a ``rest``, and the largest ``difference`` of
+    ``n_layer`` of those that are mixed, of ``n_layer_all``, ``attn``, whether there is a ``rest``, and the largest ``difference`` of
     logits with the ``bound`` on it.
     """
     from llamamix import Context, KVMixedParams, LlamamixError, Model
@@ -131,11 +131,19 @@ def check(path: Path) -> dict[str, Any]:
                     decode(i, i + 1)
                 return np.concatenate(rows), context.stats
 
+        def is_fused() -> bool:
+            try:
+                with Context(model, n_ctx=512, n_ubatch=64, n_threads=1, kv_mixed=KVMixedParams(attn="fused", **MIXED)):
+                    return True
+            except LlamamixError as error:
+                assert "attn=fused is not possible" in str(error)
+                return False
+
         expected, _ = run(False)
         noise = max(float(np.abs(run(False, shuffle=n)[0] - expected).max()) for n in (17, 30, 41))
         bound = max(MARGIN * noise, EXACT_NOISE_MAX * float(expected.std()))
         difference, status = 0.0, "mixed"
-        for attn in ("compose", "fused"):
+        for attn in ("compose", "auto"):
             actual, stats = run(KVMixedParams(attn=attn, **MIXED))
             assert stats.n_migrations > 20 and stats.hot_used + stats.cold_used == n_tokens
             by_token = np.sort(np.abs(actual - expected).max(axis=1))
@@ -146,6 +154,7 @@ def check(path: Path) -> dict[str, Any]:
         return res | {
             "status": "differs" if operations else status,
             "n_layer": stats.n_layer,
+            "attn": "fused" if is_fused() else "composed",
             "rest": stats.bytes_rest > 0,
             "difference": difference,
             "bound": bound,
@@ -319,11 +328,11 @@ def _rest(row: dict[str, Any]) -> str:
 
 def cells_of(row: dict[str, Any]) -> list[str]:
     if row["status"] == "mixed":
-        cells = ["mixed", f"{row['n_layer']} of {row['n_layer_all']}", _rest(row)]
+        cells = ["mixed", f"{row['n_layer']} of {row['n_layer_all']}", row["attn"], _rest(row)]
         cells.append(f"{row['difference']:.1e} / {row['bound']:.1e}")
     else:
         reason = row.get("reason", "").rstrip(".").split(" model: ")[-1]  # without the architecture's name
-        cells = [f"{row['status']}: {reason}".rstrip(": "), "", "", ""]
+        cells = [f"{row['status']}: {reason}".rstrip(": "), "", "", "", ""]
     return [row["arch"], *cells]
 
 
