@@ -7,6 +7,8 @@ Arrays have numpy's order of dimensions, the contiguous one last; all others may
 q       float32 [n_stream, n_tokens, n_head, n_embd_k]
 k, v    [n_stream, n_kv, n_head_kv, n_embd]: float32 for f32, float16 for f16, the bits as uint16 for bf16; the rows of
         quantised types are their bytes, uint8, with row_size(type, n_embd) in place of n_embd (see llamamix.ggml)
+means   float16 [n_stream, n_page, n_head_kv, n_embd_k]: what is added to the cold rows of K, page by page of 128 cells; None:
+        nothing is. In the basis of the rows, where these are rotated
 mask    float32 or float16 [n_stream, n_tokens, n_kv], cold cells before hot ones; None: every token sees every cell
 sinks   float32 [n_head], None: none
 """
@@ -26,7 +28,7 @@ from ._ffi import ffi, last_error, lib, sized
 from ._fork import check_process, check_threads, note_threads
 from .errors import LlamamixError, ParamsError
 from .formats import FORMATS
-from .params import N_THREADS_MAX, check_float, check_int
+from .params import N_THREADS_MAX, PAGE, check_float, check_int
 
 Rows = tuple[np.ndarray, np.ndarray]
 Type = str | tuple[str, str]  # of K and V, or one of both
@@ -49,6 +51,7 @@ def attention(
     logit_softcap: float = 0.0,
     max_bias: float = 0.0,
     n_rot: tuple[int, int] = (0, 0),
+    means: np.ndarray | None = None,
     n_threads: int = 1,
     isa: str | None = None,
 ) -> np.ndarray:
@@ -67,7 +70,7 @@ def attention(
     """
     return Attention(
         q, cold, hot, types=types, mask=mask, sinks=sinks, scale=scale, logit_softcap=logit_softcap, max_bias=max_bias,
-        n_rot=n_rot,
+        n_rot=n_rot, means=means,
     ).compute(n_threads, isa)  # fmt: skip
 
 
@@ -87,6 +90,7 @@ class Attention:
         logit_softcap: float = 0.0,
         max_bias: float = 0.0,
         n_rot: tuple[int, int] = (0, 0),
+        means: np.ndarray | None = None,
     ) -> None:
         q = _array("q", q, ("float32",), 4)
         n_stream, n_tokens, n_head, n_embd_k = q.shape
@@ -114,6 +118,10 @@ class Attention:
         if sinks is not None:
             sinks = np.ascontiguousarray(_array("sinks", sinks, ("float32",), 1))
             _check_shape("sinks", sinks, (n_head,))
+        if means is not None:
+            means = _array("means", means, ("float16",), 4)
+            n_page = -(-segments[0].n_kv // PAGE) if segments[0] is not None else 0
+            _check_shape("means", means, (n_stream, n_page, n_head_kv, n_embd_k))
         for name, value in (("logit_softcap", logit_softcap), ("max_bias", max_bias)):
             check_float(value, name, 0.0)
         if scale is not None:
@@ -127,7 +135,7 @@ class Attention:
 
         self._out = np.empty((n_stream, n_tokens, n_head, n_embd_v), np.float32)
         # the arrays live as long as the pointers to them
-        self._keep = (q, segments, mask, sinks)
+        self._keep = (q, segments, mask, sinks, means)
         args = self._args = sized("struct llama_kv_mixed_attn_args *")
         args.n_embd_k, args.n_embd_v = n_embd_k, n_embd_v
         args.n_head, args.n_head_kv = n_head, n_head_kv
@@ -140,6 +148,9 @@ class Attention:
             args.mask = _pointer(mask, "void *")
             args.mask_f16 = mask.dtype == np.float16
             args.nb_mask = mask.strides[1], mask.strides[0]
+        if means is not None:
+            args.k_mean = _pointer(means, "void *")
+            args.nb_k_mean = means.strides[2], means.strides[1], means.strides[0]
         if sinks is not None:
             args.sinks = _pointer(sinks, "float *")
         args.scale = 1 / math.sqrt(n_embd_k) if scale is None else scale

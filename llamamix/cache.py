@@ -275,7 +275,8 @@ class MixedKVCache(KVCache):
         stats = self.stats
         for tier, n_bytes in ((self.hot, stats.bytes_hot), (self.cold, stats.bytes_cold)):
             rows = tier.n_layer * tier.n_stream * tier.size * (tier.row_size_k + tier.row_size_v)
-            if not rows <= n_bytes < rows + 2 * tier.n_layer * _SPARE_MAX:
+            rows += tier.n_layer * tier.n_stream * tier.n_page * 2 * tier.n_head_kv * tier.head_size_k
+            if not rows <= n_bytes < rows + 3 * tier.n_layer * _SPARE_MAX:
                 raise CacheError("The layers of this model have rows of different size.")
 
     def _open(self, handle: ExclusiveHandle, n_seq_max: int, n_pad: int, context: Context | None = None) -> None:

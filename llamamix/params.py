@@ -20,6 +20,9 @@ _N_UBATCH = 512  # libllama's default
 N_SEQ_MAX = 256  # LLAMA_MAX_SEQ
 N_LAYER_MAX = 512  # LLAMA_MAX_LAYERS
 
+#: Cells of a page, for which cold rows of K have a mean.
+PAGE = 128
+
 #: llama_kv_mixed_attn_type
 ATTN_TYPES = {"auto": 0, "fused": 1, "compose": 2}
 
@@ -105,6 +108,7 @@ class KVMixedParams:
     threshold  migrate when hot use passes this share of ``hot``, over 0 and at most 1
     sink       the first positions of every sequence, which stay hot; of all sequences no more than half of ``hot``
     cold_size  cold cells per stream, 0: what the context needs beyond ``hot``
+    mean       where K is quantised, its cold rows are stored less the mean of their page of 128 cells; False: as they are
     attn       "fused": our own kernel, for a cache in the CPU's memory; "compose": stock ggml operations; "auto": fused
                where that is possible
 
@@ -119,6 +123,7 @@ class KVMixedParams:
     threshold: float = 0.8
     sink: int = 4
     cold_size: int = 0
+    mean: bool = True
     attn: Literal["auto", "fused", "compose"] = "auto"
 
     def __post_init__(self) -> None:
@@ -133,6 +138,7 @@ class KVMixedParams:
         object.__setattr__(self, "threshold", float(str(np.float32(self.threshold))))
         if not 0 < self.threshold <= 1:
             raise ParamsError(f"threshold must be over 0 and at most 1, not {self.threshold:g}.")
+        _check_bool(self, "mean")
         _check_name(self, "attn", ATTN_TYPES)
         _check_name(self, "cold", FORMATS)
         for name in ("cold_k", "cold_v"):
@@ -148,6 +154,11 @@ class KVMixedParams:
     def type_cold_v(self) -> str:
         """ggml type of cold V rows."""
         return self.cold_v or self.cold
+
+    @property
+    def has_means(self) -> bool:
+        """Whether cold rows of K are stored less the means of pages of 128 cells."""
+        return self.mean and FORMATS[self.type_cold_k].n_block > 1
 
     def cells(self, n_ctx_seq: int) -> tuple[int, int]:
         """Hot and cold cells of a stream for so many tokens of context."""
@@ -174,8 +185,9 @@ class KVMixedParams:
         k, v = self.type_cold_k, self.type_cold_v
         cold = f"cold={k}" if k == v else f"cold_k={k},cold_v={v}"
         size = f",cold_size={self.cold_size}" if self.cold_size else ""
+        mean = "" if self.mean else ",mean=off"
         attn = f",attn={self.attn}" if self.attn != "auto" else ""
-        return f"hot={self.hot},{cold},group={self.group},threshold={self.threshold},sink={self.sink}{size}{attn}"
+        return f"hot={self.hot},{cold},group={self.group},threshold={self.threshold},sink={self.sink}{size}{mean}{attn}"
 
     @classmethod
     def from_c(cls, c_params: Any) -> KVMixedParams:
@@ -188,6 +200,7 @@ class KVMixedParams:
             threshold=c_params.threshold,
             sink=c_params.n_sink,
             cold_size=c_params.n_cold,
+            mean=c_params.mean != 0,
             attn=list(ATTN_TYPES)[c_params.attn],
         )
 
@@ -201,6 +214,7 @@ class KVMixedParams:
         c_params.threshold = self.threshold
         c_params.type_cold_k = FORMATS[self.type_cold_k].type
         c_params.type_cold_v = FORMATS[self.type_cold_v].type
+        c_params.mean = self.mean
         c_params.attn = ATTN_TYPES[self.attn]
         return c_params
 

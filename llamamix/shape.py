@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelError
-from .params import KVMixedParams
+from .params import PAGE, KVMixedParams
 
 _PAD = 256  # a context is a multiple of this, and so is the cache of sliding windows
 _LOAD_MODE_NONE = 0
@@ -104,6 +104,11 @@ class ModelShape:
         """The largest of all layers."""
         return max((layer.head_size_v for layer in self.layers), default=0)
 
+    @property
+    def mean_bytes(self) -> int:
+        """Bytes of the means of a page of K, of all layers without a sliding window."""
+        return sum(2 * layer.n_head_kv * layer.head_size_k for layer in self.layers if not layer.is_swa)
+
     def n_ctx_padded(self, n_ctx: int) -> int:
         """The context that libllama makes of the one asked for, 0: the one the model was trained with."""
         return -(-(n_ctx or self.n_ctx_train) // _PAD) * _PAD
@@ -128,8 +133,10 @@ class ModelShape:
 def kv_bytes(shape: ModelShape, n_ctx: int, params: KVMixedParams) -> int:
     """Bytes of a mixed KV cache whose hot rows are F16, and of sliding windows beside it."""
     n_hot, n_cold = params.cells(n_ctx)
-    cold = shape.kv_bytes_per_token(params.type_cold_k, params.type_cold_v)
-    return n_hot * shape.kv_bytes_per_token("f16") + n_cold * cold + shape.swa_bytes(n_ctx, "f16")
+    cold = n_cold * shape.kv_bytes_per_token(params.type_cold_k, params.type_cold_v)
+    if params.has_means:
+        cold += -(-n_cold // PAGE) * shape.mean_bytes
+    return n_hot * shape.kv_bytes_per_token("f16") + cold + shape.swa_bytes(n_ctx, "f16")
 
 
 def _loaded_layers(path: Path) -> tuple[tuple[LayerShape, ...], int] | None:

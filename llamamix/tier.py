@@ -53,6 +53,8 @@ class Tier:
     head_size_k, head_size_v  elements of a head
     row_size_k, row_size_v    bytes of a row
     n_pad                     what cell counts are rounded up to
+    n_page                    pages of 128 cells per stream whose K rows are stored less their mean, see get_means(); 0: rows
+                              are stored as they are
     """
 
     def __init__(self, handle: ExclusiveHandle, number: int, n_pad: int) -> None:
@@ -72,6 +74,7 @@ class Tier:
         self.head_size_v = int(info.n_embd_head_v)
         self.row_size_k = int(info.row_size_k)
         self.row_size_v = int(info.row_size_v)
+        self.n_page = int(info.n_page)
 
     def __repr__(self) -> str:
         return f"<Tier {self.n_stream} x {self.size} cells, K {self.type_k}, V {self.type_v}>"
@@ -103,13 +106,50 @@ class Tier:
 
         Its dimensions are ggml's: ``ne`` is (head_size_k, n_head_kv, n, n_stream), n the largest n() of them. numpy
         counts them from the other end, so ``data[s, i, h]`` is what cell i of stream s has for head h; float16 for f16,
-        block bytes for quantised types, see ggml.Tensor. ``dequantize()`` gives float32.
+        block bytes for quantised types, see ggml.Tensor. ``dequantize()`` gives float32. Where there are means
+        (``n_page``), rows are what is left without them.
         """
         return self._get(_K, layer, stream)
 
     def get_v(self, layer: int, stream: int | None = None) -> ggml.Tensor:
         """A copy of a layer's V rows in view, like get_k(), of head_size_v."""
         return self._get(_V, layer, stream)
+
+    def get_means(self, layer: int, stream: int | None = None) -> np.ndarray:
+        """The means of K in all pages of 128 cells: float16 [n_stream, n_page, n_head_kv, head_size_k].
+
+        They are in the basis of the rows, which is that of rotated ones where rows are rotated: a row of cell i is what
+        ``get_k()`` has of it, dequantised, plus the mean of page i // 128. Those of pages without tokens mean nothing.
+
+        Raises ParamsError where there are none, or no such layer or stream.
+        """
+        check_int(layer, "layer", 0, N_LAYER_MAX - 1)
+        streams = range(self.n_stream) if stream is None else [self._stream(stream)]
+        if self.n_page == 0:
+            raise ParamsError("These rows of K are stored as they are, there are no means.")
+        means = np.empty((len(streams), self.n_page, self.n_head_kv, self.head_size_k), np.float16)
+        with self._handle as cache:
+            for part, s in zip(means, streams, strict=True):
+                dst = ffi.from_buffer(part)
+                checked(lib.llama_kv_mixed_cache_get_means(cache, layer, s, 0, self.n_page, dst), ParamsError)
+        return means
+
+    def set_means(self, layer: int, page: int, means: Any, stream: int = 0) -> None:
+        """Write the means of K of pages from ``page`` on: numbers of shape [n, n_head_kv, head_size_k], stored as F16.
+
+        What rows of these pages stand for changes with it. Raises ParamsError, and nothing is written then.
+        """
+        check_int(layer, "layer", 0, N_LAYER_MAX - 1)
+        self._stream(stream)
+        data = np.ascontiguousarray(means, np.float16)
+        if data.ndim != 3 or data.shape[1:] != (self.n_head_kv, self.head_size_k) or len(data) == 0:
+            raise ParamsError(
+                f"means must be of shape [n, {self.n_head_kv}, {self.head_size_k}], not {list(data.shape)}."
+            )
+        check_int(page, "page", 0, max(0, self.n_page - len(data)))
+        with self._handle as cache:
+            src = ffi.from_buffer(data)
+            checked(lib.llama_kv_mixed_cache_set_means(cache, layer, stream, page, len(data), src), ParamsError)
 
     def set_k(self, layer: int, cell: int, rows: Any, stream: int = 0) -> None:
         """Write K rows of a layer to cells from ``cell`` on.

@@ -49,7 +49,7 @@ def constructor(play: Play) -> None:
 
 def basic_ops(play: Play) -> None:
     with make_cache(16, 64, 4, 8, n_seq_max=5) as cache:
-        spec = "hot=16,cold=q4_0,group=4,threshold=0.8,sink=0,cold_size=64"
+        spec = "hot=16,cold=q4_0,group=4,threshold=0.8,sink=0,cold_size=64,mean=off"
         play.check("parameters in force", spec, cache.params.spec())
         add(cache, 12)
         play.check("twelve tokens", "hot 0-11, cold none", tokens(cache))

@@ -23,6 +23,7 @@ struct attn_request {
     int64_t mask;                                                  // bytes of an element, 0: no mask
     int64_t sinks;                                                 // 1: there are some
     int64_t n_rot_k, n_rot_v;
+    int64_t n_page;                                                // of means, 0: there are none
     double  scale, logit_softcap, max_bias;
 };
 
@@ -108,6 +109,14 @@ static void run_attn(const llama_kv_mixed_isa & isa) {
         a.sinks = sinks.data();
     }
 
+    const auto means = read<uint16_t>(r.n_stream*r.n_page*r.n_head_kv*r.n_embd_k);
+    if (r.n_page > 0) {
+        a.k_mean       = means.data();
+        a.nb_k_mean[0] = sizeof(uint16_t)*r.n_embd_k;
+        a.nb_k_mean[1] = a.nb_k_mean[0]*r.n_head_kv;
+        a.nb_k_mean[2] = a.nb_k_mean[1]*r.n_page;
+    }
+
     std::vector<float> dst(r.n_stream*r.n_tokens*r.n_head*r.n_embd_v);
     a.dst = dst.data();
 
@@ -132,7 +141,7 @@ static void run_quantize(const llama_kv_mixed_isa & isa) {
     const auto src = read<uint8_t>(r.n_rows*nb_src);
     std::vector<uint8_t> dst(r.n_rows*nb_dst);
     for (int64_t i = 0; i < r.n_rows; ++i) {
-        isa.quantize_row(from, src.data() + i*nb_src, to, dst.data() + i*nb_dst, r.n, r.n_rot);
+        isa.quantize_row(from, src.data() + i*nb_src, to, dst.data() + i*nb_dst, r.n, r.n_rot, nullptr);
     }
 
     write(dst);

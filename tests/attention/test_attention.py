@@ -27,6 +27,7 @@ from helpers.attention_cases import (
     TILE,
     Case,
     Data,
+    by_cell,
     make_data,
     pairwise,
     rotations,
@@ -117,10 +118,12 @@ def bounds(data: Data, expected: Expected) -> tuple[np.ndarray, float]:
     rot_k, rot_v = rotations(c)
     cold, hot = slice(0, c.n_cold), slice(c.n_cold, n_kv)
     q_cold, k_cold, v_cold = q @ rot_k, rot_k @ k[..., cold], v[..., cold, :] @ rot_v
+    mean = np.zeros_like(k_cold) if data.means is None else by_cell(data.means, c.n_cold).transpose(0, 2, 3, 1)[:, :, None]
+    stored = k_cold - mean
 
     def dot(f: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """f(Q) f(K^T), of numbers as the kernel multiplies them."""
-        return np.concatenate([f(q_cold) @ f(k_cold), f(q) @ f(k[..., hot])], axis=-1)
+        return np.concatenate([f(q_cold) @ (f(stored) + f(mean)), f(q) @ f(k[..., hot])], axis=-1)
 
     def out(f: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """f(P) f(V), likewise."""
@@ -143,10 +146,11 @@ def bounds(data: Data, expected: Expected) -> tuple[np.ndarray, float]:
     x = np.where(live, expected.x, 0)
     below = np.where(live, x.max(axis=-1, keepdims=True) - x, 0)  # (masked cells may make the maximum 0: still a bound)
     n = c.n_embd_k
+    n_other = 4 if data.means is None else 6  # the mean is added to the row, or to the score
     cap = 1.0 if not c.logit_softcap else 1 - np.square(np.tanh(expected.dot / c.logit_softcap))
     other = U * (np.abs(x) + 4 * below) + EXP + 4.2e-7 * c.logit_softcap  # tanh: e^2x, and a quotient
-    worst = p * (U * (n + 4) * data.scale * cap * dot(np.abs) + U * np.abs(x) + other)
-    typical = p * (U * math.sqrt(n / 6 + 4) * data.scale * cap * np.sqrt(dot(np.square)) + U * np.abs(x))
+    worst = p * (U * (n + n_other) * data.scale * cap * dot(np.abs) + U * np.abs(x) + other)
+    typical = p * (U * math.sqrt(n / 6 + n_other) * data.scale * cap * np.sqrt(dot(np.square)) + U * np.abs(x))
     worst_out = 2 * sum_abs(worst)  # 2: what is not linear
     square = sum_sq(typical + p * other / 2) + np.square(sum_abs(p * EXP / 4))
 
@@ -178,9 +182,9 @@ def bounds(data: Data, expected: Expected) -> tuple[np.ndarray, float]:
         blocks = q_cold.reshape(*q.shape[:-1], -1, BLOCK)
         n_steps = 127 if c.cold_k == "q4_0" else 127 * 255 + 127
         step = np.repeat(np.abs(blocks).max(axis=-1) / n_steps, BLOCK, axis=-1)
-        worst_out += 2 * sum_abs(with_cold((step / 2) @ np.abs(k_cold)))
+        worst_out += 2 * sum_abs(with_cold((step / 2) @ np.abs(stored)))
         rng = np.random.default_rng(1)
-        samples = [with_cold((step * rng.uniform(-0.5, 0.5, step.shape)) @ k_cold) for _ in range(16)]
+        samples = [with_cold((step * rng.uniform(-0.5, 0.5, step.shape)) @ stored) for _ in range(16)]
         square += np.mean([np.square(w @ v - w.sum(axis=-1, keepdims=True) * o).mean() for w in samples])
 
     if c.direct and c.cold_v in WHOLE_NUMBERS and c.n_cold > 0:
@@ -479,6 +483,9 @@ TAMPERS: dict[str, Callable[[Data], Data]] = {
     "K not rotated": with_case(n_rot_k=0),
     "V not rotated": with_case(n_rot_v=0),
     "rotated in smaller blocks": with_case(n_rot_v=32),
+    "no means": lambda data: replace(data, means=None),
+    "means of other pages": lambda data: replace(data, means=data.means[:, ::-1]),
+    "means of other heads": lambda data: replace(data, means=data.means[:, :, ::-1]),
 }
 
 
@@ -486,7 +493,7 @@ TAMPERS: dict[str, Callable[[Data], Data]] = {
 @pytest.mark.parametrize("name", TAMPERS)
 def test_small_mistakes_would_show(name: str, n_tokens: int) -> None:
     cold_k = "q4_0" if name == "halves of K swapped" else "f16"
-    data = make_data(Case(cold_k=cold_k, n_tokens=n_tokens, sinks=True, logit_softcap=20.0, q_size=1.0, n_rot_k=64, n_rot_v=64))
+    data = make_data(Case(cold_k=cold_k, n_tokens=n_tokens, sinks=True, logit_softcap=20.0, q_size=1.0, n_rot_k=64, n_rot_v=64, mean=0.3))
     expected = reference(data)
     limits = bounds(data, expected)
     assert_within(data.compute(), data, expected, limits)

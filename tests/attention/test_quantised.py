@@ -61,14 +61,21 @@ class Run:
         for i in range(self.n_prompt, self.n_tokens):
             tiering.decode([i], [0], self.n_ubatch)
         self.n_migrations = tiering.n_migrations
+        self.opened = tiering.opened
         return tiering.views
 
     def logits(
-        self, model: Model, hot: str = "f32", flash_attn: str = "off", attn: str = "compose", **cold: str
+        self,
+        model: Model,
+        hot: str = "f32",
+        flash_attn: str = "off",
+        attn: str = "compose",
+        mean: bool = False,
+        **cold: str,
     ) -> np.ndarray:
         """What the library computes."""
         params = {"n_ctx": self.n_ctx, "n_ubatch": self.n_ubatch, "n_threads": 1, "flash_attn": flash_attn}
-        types = {"type_k": hot, "type_v": hot, "kv_mixed": KVMixedParams(**self.shape, attn=attn, **cold)}
+        types = {"type_k": hot, "type_v": hot, "kv_mixed": KVMixedParams(**self.shape, attn=attn, mean=mean, **cold)}
         with Context(model, **params, **types) as context:
             context.decode(self.tokens[: self.n_prompt], logits="all")
             rows = [context.logits]
@@ -211,8 +218,9 @@ def test_any_shape(changes: dict[str, Any], attn: str, models: Callable) -> None
 
 
 @pytest.mark.parametrize("attn", ATTN)
+@pytest.mark.parametrize("mean", [False, True], ids=["", "mean"])
 @pytest.mark.parametrize("kv_unified", [True, False], ids=["unified", "streams"])
-def test_several_sequences(kv_unified: bool, attn: str, models: Callable) -> None:
+def test_several_sequences(kv_unified: bool, mean: bool, attn: str, models: Callable) -> None:
     """Every sequence is that of a run with the rows that the policy says, whoever it shares the cache with."""
     model, reference = models()
     shape = {"hot": 96, "group": 10, "sink": 3}
@@ -225,7 +233,7 @@ def test_several_sequences(kv_unified: bool, attn: str, models: Callable) -> Non
     rng = np.random.default_rng(5)
 
     params = {"type_k": "f32", "type_v": "f32", "flash_attn": "off", "n_seq_max": 3, "kv_unified": kv_unified}
-    cache_params = KVMixedParams(**shape, cold="q4_0", attn=attn)
+    cache_params = KVMixedParams(**shape, cold="q4_0", attn=attn, mean=mean)
     with Context(model, n_ctx=768, n_ubatch=40, n_threads=1, kv_mixed=cache_params, **params) as context:
         rows = []
         while at != lengths:
@@ -247,9 +255,39 @@ def test_several_sequences(kv_unified: bool, attn: str, models: Callable) -> Non
         actual = np.concatenate(rows)
 
     assert tiering.n_migrations > 20
-    expected = reference.logits(decoded, tiering.views, Storage())
+    expected = reference.logits(decoded, tiering.views, Storage(), opened=tiering.opened if mean else None)
     exact = reference.logits(decoded, tiering.views, Storage("f32", "f32", "f32"))
     assert rms(actual - expected) < (flips("q4_0") + allowance(attn)) * rms(expected - exact)
+
+
+@pytest.mark.parametrize("attn", ATTN)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"group": 7},  # pages that several migrations come to
+        {"hot": 300, "group": 100, "n_prompt": 450},
+        {"hot": 1, "sink": 0},
+    ],
+    ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()) or "as others",
+)
+@pytest.mark.parametrize("cold_k", [t for t in STEP if t not in ("f16", "bf16")])
+def test_means(cold_k: str, changes: dict[str, Any], attn: str, models: Callable) -> None:
+    """Rows of K are stored less the mean of the rows that came first to their page, and attention adds it again."""
+    model, reference = models(n_layer=1)
+    run = Run(**changes)
+    views = run.views()
+    storage = Storage("f32", cold_k, "f32")
+    assert len({tuple(tokens) for tokens in run.opened.values()}) >= 2
+    expected, others = (reference.logits(run.tokens, views, storage, opened=o) for o in (run.opened, None))
+    exact = reference.logits(run.tokens, views, Storage("f32", "f32", "f32"))
+    actual = run.logits(model, cold="f32", cold_k=cold_k, attn=attn, mean=True)
+    # A mean near a border of F16 becomes the number next to it, 2**-11 of 2.5 in size: less than 2**-7 of a step for any type
+    # of at most 5 bits (2.5 / 16), which moves codes like any other rounding; the step of Q8_0 is 2.5 / 127.
+    share = (flips(cold_k) + allowance(attn, cold_k)) * (4 if cold_k == "q8_0" else 1.5)
+    assert rms(actual - expected) < share * rms(expected - exact)
+    # and that it would show: other codes are other errors, of the same size
+    assert rms(actual - others) > 0.5 * rms(others - exact)
 
 
 def test_every_code(models: Callable) -> None:

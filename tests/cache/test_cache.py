@@ -69,7 +69,7 @@ def test_sizes_and_types_are_those_asked_for() -> None:
             assert (tier.head_size_k, tier.head_size_v, tier.row_size_k, tier.row_size_v) == (64, 32, *row_sizes)
         stats = cache.stats
         assert (stats.hot_size, stats.cold_size, stats.n_stream, stats.n_layer) == (60, 100, 5, 3)
-        assert stats.bytes_hot == 3 * 60 * 1024 and stats.bytes_cold == 3 * 100 * 344
+        assert stats.bytes_hot == 3 * 60 * 1024 and stats.bytes_cold == 3 * 100 * 344 + 3 * 5 * 512  # and the mean of a page
         assert "12 cells" in repr(cache) and "bf16" in repr(cache)
 
 
@@ -307,6 +307,8 @@ def test_rows_are_where_their_cell_is(make: Callable[..., MixedKVCache]) -> None
     for tier in (cache.hot, cache.cold):
         for layer in range(2):
             k, v = tier.get_k(layer).dequantize()[0], tier.get_v(layer).dequantize()[0]
+            if tier is cache.cold:
+                k += tier.get_means(layer)[0, 0].astype(np.float32)
             for cell in tier.cells():
                 assert (k[cell.index] == cell.pos).all() and (v[cell.index] == cell.pos).all()  # exact even in Q4_0
 
@@ -597,7 +599,7 @@ def test_plain_cache_keeps_its_state() -> None:
 
 
 def test_cache_of_a_context_shows_its_rows(make_context: Callable[..., Context]) -> None:
-    context = make_context(kv_mixed="hot=32,cold=q4_0,group=8,sink=4", n_seq_max=2, kv_unified=True)
+    context = make_context(kv_mixed="hot=32,cold=q4_0,group=8,sink=4,mean=off", n_seq_max=2, kv_unified=True)
     context.decode(list(range(100, 120)))
     cache = MixedKVCache.from_context(context)
     assert (cache.params, cache.stats) == (context.kv_mixed, context.stats)

@@ -80,17 +80,22 @@ class Parts:
             if tier == 1:
                 take("n_rot_k", 8)
                 take("n_rot_v", 8)
+                page = take("page", 4)
             for _stream in range(n_stream):
-                n = take("n", 4)
+                n, cells = take("n", 4), []
                 take("head", 4)
                 for _cell in range(n):
                     take("cell", 4)
                     take("pos", 4)
                     take("shift", 4)
                     take("ext", 12)
+                    cells.append(int.from_bytes(parts.fields[-4][1], "little"))
                     if whole:
                         for _ in range(take("n_seqs", 4)):
                             take("seq", 4)
+                if tier == 1 and page:
+                    for _ in range(SHAPE["n_layer"] * len({cell // page for cell in cells})):
+                        take("mean", 2 * SHAPE["n_head_kv"] * SHAPE["head_size_k"])
         parts.rows = state[at + 8 :]
         assert parts.write() == state  # the checksum is what it should be
         return parts
@@ -360,9 +365,13 @@ def test_rows_of_a_refused_state_are_not_left_behind(seq_id: int | None, make: C
         other.state_load(bytes(bad), seq_id)
     n_seen = 0
     for tier in (other.hot, other.cold):
-        for rows in (get(layer).dequantize() for layer in range(2) for get in (tier.get_k, tier.get_v)):
-            # rows of sequence 1, and none of sequence 0, whose values are its positions
-            assert np.isin(rows, [0, *range(16, 40)]).all()
+        values = [get(layer).dequantize() for layer in range(2) for get in (tier.get_k, tier.get_v)]
+        if tier is other.cold:
+            for layer in range(2):  # all is in one page
+                values[2 * layer] += other.cold.get_means(layer)[0, 0].astype(np.float32)
+        for rows in values:
+            # rows of sequence 1, and none of sequence 0, whose values are its positions (free cells of cold: the mean)
+            assert np.isin(rows, [0, *np.arange(16, 40, 0.5)]).all()
             n_seen += rows.size // 64
     assert n_seen == 4 * 24
 
@@ -385,7 +394,7 @@ def test_a_sequence_that_does_not_fit_changes_nothing(make: Callable[..., MixedK
 
 def test_hot_tokens_that_have_no_room_go_to_cold(make: Callable[..., MixedKVCache]) -> None:
     """The oldest but no sink, quantised as a migration does; what can not be read leaves the other sequence alone."""
-    options = {"n_layer": 2, "n_head_kv": 1, "hot": 8, "cold_size": 16, "sink": 2, "threshold": 1.0}
+    options = {"n_layer": 2, "n_head_kv": 1, "hot": 8, "cold_size": 16, "sink": 2, "threshold": 1.0, "mean": False}
     source = make(**options)
     add(source, 8)
     state = source.state_save(0)

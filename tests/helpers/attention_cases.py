@@ -47,6 +47,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "layout": ("cells", "heads"),  # what lies next to each other
     "n_rot_k": (0, 16, 64, 128),  # how cold rows are rotated
     "n_rot_v": (0, 16, 64, 128),
+    "mean": (0.0, 0.3, 3.0),  # size of the means of K, 0: rows are stored as they are
 }
 
 
@@ -74,6 +75,7 @@ class Case:
     layout: str = "cells"
     n_rot_k: int = 0
     n_rot_v: int = 0
+    mean: float = 0.0
     seed: int = 0
 
     def __str__(self) -> str:
@@ -103,7 +105,11 @@ def is_possible(values: dict[str, Any]) -> bool:
             return False
         if n_embd and n_embd % (values.get(f"n_rot_{which}") or 1) != 0:
             return False
+    if values.get("mean") and values.get("n_embd_k", BLOCK) % BLOCK != 0:
+        return False
     small = {f"n_embd_{which}": values.get(f"n_rot_{which}") or 16 for which in "kv"}
+    if values.get("mean"):
+        small["n_embd_k"] = max(BLOCK, small["n_embd_k"])
     small |= {"n_head_kv": 1, "n_cold": 1, "n_hot": 1, "n_gqa": 1}
     return values.get("n_cold", 1) + values.get("n_hot", 1) > 0 and Case(**small | values).cost <= COST_MAX
 
@@ -144,6 +150,7 @@ class Data:
     hot: tuple[np.ndarray, np.ndarray]
     k: np.ndarray  # [n_stream, n_kv, n_head_kv, n_embd_k], F64
     v: np.ndarray
+    means: np.ndarray | None  # of cold K, as attention() takes them
     mask: np.ndarray | None
     sinks: np.ndarray | None
     scale: float
@@ -155,12 +162,12 @@ class Data:
             rows = (self.cold, self.hot)
             return emulated.compute(
                 isa, n_threads, self.q, [tuple(zip(*x, strict=True)) for x in zip(types, rows, strict=True)], self.mask,
-                self.sinks, self.scale, c.logit_softcap, c.max_bias, (c.n_rot_k, c.n_rot_v),
+                self.sinks, self.scale, c.logit_softcap, c.max_bias, (c.n_rot_k, c.n_rot_v), self.means,
             )  # fmt: skip
         return attention(
             self.q, self.cold, self.hot, types=((c.cold_k, c.cold_v), (c.hot_k, c.hot_v)), mask=self.mask,
             sinks=self.sinks, scale=self.scale, logit_softcap=c.logit_softcap, max_bias=c.max_bias,
-            n_rot=(c.n_rot_k, c.n_rot_v), n_threads=n_threads, isa=isa,
+            n_rot=(c.n_rot_k, c.n_rot_v), means=self.means, n_threads=n_threads, isa=isa,
         )  # fmt: skip
 
 
@@ -172,6 +179,18 @@ def make_rows(rng: np.random.Generator, case: Case, n_kv: int, kv_type: str, n_e
     # numpy's order of [stream, cell, head]
     axes = (0, 1, 2, 3) if case.layout == "cells" else (0, 2, 1, 3)
     return tensor.data.transpose(axes), tensor.dequantize().transpose(axes).astype(np.float64)
+
+
+def make_means(rng: np.random.Generator, case: Case) -> np.ndarray | None:
+    if case.mean == 0 or case.n_cold == 0:
+        return None
+    shape = (case.n_stream, -(-case.n_cold // TILE), case.n_head_kv, case.n_embd_k)
+    return (case.mean * rng.normal(size=shape)).astype(np.float16)
+
+
+def by_cell(means: np.ndarray, n_cold: int) -> np.ndarray:
+    """The mean of each cell's page: float64 [n_stream, n_cold, n_head_kv, n_embd_k]."""
+    return np.repeat(means.astype(np.float64), TILE, axis=1)[:, :n_cold]
 
 
 def make_mask(rng: np.random.Generator, case: Case) -> np.ndarray | None:
@@ -211,8 +230,11 @@ def make_data(case: Case) -> Data:
     (kh, kh_f), (vh, vh_f) = (
         make_rows(rng, case, case.n_hot, t, n) for t, n in ((case.hot_k, case.n_embd_k), (case.hot_v, case.n_embd_v))
     )
+    means = make_means(rng, case)
+    if means is not None:
+        kc_f = kc_f + by_cell(means, case.n_cold)
     kc_f, vc_f = (x @ r for x, r in zip((kc_f, vc_f), rotations(case), strict=True))
     sinks = rng.normal(size=shape[2]).astype(np.float32) + 1 if case.sinks else None
     k, v = np.concatenate([kc_f, kh_f], axis=1), np.concatenate([vc_f, vh_f], axis=1)
     scale = float(np.float32(1 / math.sqrt(case.n_embd_k)))
-    return Data(case, q, (kc, vc), (kh, vh), k, v, make_mask(rng, case), sinks, scale)
+    return Data(case, q, (kc, vc), (kh, vh), k, v, means, make_mask(rng, case), sinks, scale)

@@ -58,6 +58,7 @@ def compute(
     logit_softcap: float,
     max_bias: float,
     n_rot: tuple[int, int],
+    means: np.ndarray | None,
 ) -> np.ndarray:
     """attention() of arrays as that takes them; segments: types and rows of K and V, cold and hot."""
     n_stream, n_tokens, n_head, n_embd_k = q.shape
@@ -68,10 +69,10 @@ def compute(
         arrays += [k, v]
     _, hot_v = segments[1][1]
     n_embd_v = hot_v.shape[3]  # hot rows are not quantised
-    arrays += [x for x in (mask, sinks) if x is not None]
+    arrays += [x for x in (mask, sinks, means) if x is not None]
     header = struct.pack(
-        "21q3d", n_threads, n_embd_k, n_embd_v, n_head, segments[0][0][1].shape[2], n_tokens, n_stream, *sizes,
-        0 if mask is None else mask.itemsize, int(sinks is not None), *n_rot, scale, logit_softcap, max_bias,
+        "22q3d", n_threads, n_embd_k, n_embd_v, n_head, segments[0][0][1].shape[2], n_tokens, n_stream, *sizes,
+        0 if mask is None else mask.itemsize, int(sinks is not None), *n_rot, 0 if means is None else means.shape[1], scale, logit_softcap, max_bias,
     )  # fmt: skip
     shape = (n_stream, n_tokens, n_head, n_embd_v)
     data = _request(isa, _ATTENTION, header, arrays, 4 * int(np.prod(shape)))

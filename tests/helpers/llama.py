@@ -39,8 +39,12 @@ class Llama:
         views: Sequence[View],
         storage: Storage,
         tamper: Tamper | None = None,
+        opened: dict[int, tuple[int, ...]] | None = None,
     ) -> np.ndarray:
-        """Logits of all tokens, float64 of shape [n, n_vocab], in the order in which they were decoded."""
+        """Logits of all tokens, float64 of shape [n, n_vocab], in the order in which they were decoded.
+
+        opened  by cold tokens: those whose mean K, in F16, its own is stored less of, see Tiering; None: it is stored as it is
+        """
         w = self.weights
         visible, cold = attention_of(views)
         pos = np.empty(len(views), np.int64)
@@ -55,7 +59,10 @@ class Llama:
             q, k = _rope(q, cos, sin), _rope(k, cos, sin)
             k, v = quantise(k, storage.hot), quantise(v, storage.hot)
             k_rot, v_rot = k @ rot_k, v @ rot_v
-            k_cold, v_cold = quantise(k_rot, storage.cold_k), quantise(v_rot, storage.cold_v)
+            mean = np.zeros_like(k_rot)
+            for token, others in (opened or {}).items():
+                mean[token] = k_rot[list(others)].mean(axis=0).astype(np.float16)
+            k_cold, v_cold = quantise(k_rot - mean, storage.cold_k) + mean, quantise(v_rot, storage.cold_v)
             if tamper:
                 tamper(i, k_rot, k_cold, v_rot, v_cold)
             heads = []

@@ -17,7 +17,10 @@ import numpy as np
 
 @dataclass(eq=False)
 class Token:
-    """A token in a cell. ``shift`` is what its position has moved by since its rows were written."""
+    """A token in a cell. ``shift`` is what its position has moved by since its rows were written.
+
+    ``opened``: the tokens that came first to its page of cold, of which there is one here, itself perhaps among them.
+    """
 
     id: int
     pos: int
@@ -25,12 +28,14 @@ class Token:
     cell: int
     rows: Any = None
     shift: int = 0
+    opened: list[Token] = field(default_factory=list)
 
 
 @dataclass
 class Stream:
     hot: list[Token] = field(default_factory=list)
     cold: list[Token] = field(default_factory=list)
+    opened: list[Token] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[Token]:
@@ -182,9 +187,12 @@ class ReferenceCache:
         if any(a.seqs & b.seqs and b.pos < a.pos for a in left[:n] for b in left[n:]):
             left.sort(key=lambda t: (t.pos, sorted(t.seqs), t.cell))
 
+        if not s.cold:
+            s.opened = left[:n]
         for t in left[:n]:
             s.hot.remove(t)
             s.cold.append(t)
+            t.opened = s.opened
         self.n_migrations += 1
         self.n_tokens_moved += n
         return n

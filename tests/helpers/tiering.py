@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
+PAGE = 128  # cells of cold whose rows of K are stored less one mean
+
+
 class Full(Exception):
     """Hot and cold have no room for a batch."""
 
@@ -23,12 +26,14 @@ class Token:
     index: int  # counts all tokens that were ever decoded
     pos: int
     seqs: set[int]
+    cell: int = -1  # of cold
 
 
 @dataclass(eq=False)
 class Stream:
     hot: list[Token] = field(default_factory=list)
     cold: list[Token] = field(default_factory=list)
+    pages: dict[int, tuple[int, ...]] = field(default_factory=dict)  # indices of the tokens that came first
 
     @property
     def tokens(self) -> list[Token]:
@@ -56,6 +61,7 @@ class Tiering:
         self.threshold = float(np.float32(threshold))
         self.streams = [Stream() for _ in range(n_stream)]
         self.views: list[View] = []
+        self.opened: dict[int, tuple[int, ...]] = {}  # by index: the tokens that came first to its page of cold
         self.n_migrations = 0
         self.n_tokens_moved = 0
         self.n_decoded = 0
@@ -176,11 +182,24 @@ class Tiering:
             candidates.sort(key=lambda t: (t.pos, sorted(t.seqs)))
 
         moved = candidates[:n]
+        self._to_cells(s, moved)
         s.hot = _without(s.hot, moved)
         s.cold = s.cold + moved
         self.n_migrations += 1
         self.n_tokens_moved += n
         return n
+
+    def _to_cells(self, s: Stream, moved: list[Token]) -> None:
+        """The first free cells of cold. Pages of 128 cells that are empty are opened by these tokens."""
+        used = {t.cell for t in s.cold}
+        free = [i for i in range(self.n_cold) if i not in used][: len(moved)]
+        came: dict[int, list[int]] = {}
+        for t, cell in zip(moved, free, strict=True):
+            t.cell = cell
+            came.setdefault(cell // PAGE, []).append(t.index)
+        new = {page: tuple(tokens) for page, tokens in came.items() if page not in {i // PAGE for i in used}}
+        s.pages = s.pages | new
+        self.opened.update({t.index: s.pages[t.cell // PAGE] for t in moved})
 
     #
     # sequences
@@ -209,8 +228,9 @@ class Tiering:
                     t.seqs.add(dst)
             return
         for tier in ("hot", "cold"):
-            copies = [Token(t.index, t.pos, {dst}) for t in getattr(self.streams[src], tier)]
+            copies = [Token(t.index, t.pos, {dst}, t.cell) for t in getattr(self.streams[src], tier)]
             setattr(self.streams[dst], tier, copies)
+        self.streams[dst].pages = self.streams[src].pages
 
     def add(self, seq: int, p0: int, p1: int, delta: int) -> None:
         for t in self._stream(seq).tokens:

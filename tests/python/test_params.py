@@ -322,7 +322,7 @@ def test_structs_are_read_as_far_as_they_go(tiny_model: Model) -> None:
     assert make(ffi.offsetof("struct llama_kv_mixed_shape", "type_k"), KVMixedParams(hot=64).to_c()) is not None
 
 
-@pytest.mark.parametrize(("size", "ok"), [(0, False), (8, False), (-8, True), (0x1000, False)])
+@pytest.mark.parametrize(("size", "ok"), [(0, False), (8, False), (-40, True), (0x1000, False)])
 def test_arguments_of_attention_are_read_as_far_as_they_go(size: int, ok: bool) -> None:
     rows = np.ones((1, 8, 1, 32), np.float16)
     attention = Attention(np.ones((1, 1, 1, 32), np.float32), None, (rows, rows), types=("f16", "f16"))
@@ -330,7 +330,7 @@ def test_arguments_of_attention_are_read_as_far_as_they_go(size: int, ok: bool) 
     args.struct_size = size if size >= 0 else ffi.sizeof(args[0]) + size
     code = lib.llama_kv_mixed_attn(args, 1, ffi.NULL)
     assert code == -1 and ("bytes" in last_error() or last_error() == "q and dst must not be NULL")
-    assert ("dst" in last_error()) == ok  # the last field
+    assert ("dst" in last_error()) == ok  # the last field but the means of K, which may be left out
 
 
 def test_what_tests_need_is_no_part_of_the_interface() -> None:

@@ -383,15 +383,20 @@ def rmse(difference: np.ndarray) -> float:
     return math.sqrt(np.mean(np.square(difference, dtype=np.float64)))
 
 
-@pytest.mark.parametrize("cold", ["f16", "q4_0"])
-def test_the_error_is_that_of_the_rows(cold: str) -> None:
+@pytest.mark.parametrize(("cold", "mean"), [("f16", False), ("q4_0", False), ("q4_0", True)])
+def test_the_error_is_that_of_the_rows(cold: str, mean: bool) -> None:
     rng = np.random.default_rng(1)
     # layers and sides of different scale
     scale = np.array([[1.0, 0.1], [5.0, 0.5]])[:, :, None, None, None]
     rows = (rng.standard_normal((2, N_LAYER, 4, N_HEAD_KV, HEAD_SIZE)) * scale).astype(np.float16)
-    difference = np.abs(rows[:, :, :3].astype(np.float32) - dequantized(rows[:, :, :3], cold))
+    means = np.zeros((2, N_LAYER, 1, N_HEAD_KV, HEAD_SIZE), np.float32)
+    if mean:  # of K, as the library sums it
+        total = sum((rows[0, :, i].astype(np.float32) for i in range(3)), np.zeros_like(means[0, :, 0]))
+        means[0, :, 0] = (total / np.float32(3)).astype(np.float16)
+    moved = rows[:, :, :3].astype(np.float32)
+    difference = np.abs(moved - (dequantized(moved - means, cold) + means))
 
-    with cache_of(cold=cold, hot=16, cold_size=16, group=4) as cache, Trace(cache, layers=True) as trace:
+    with cache_of(cold=cold, mean=mean, hot=16, cold_size=16, group=4) as cache, Trace(cache, layers=True) as trace:
         assert add_tokens(cache, 4)
         for il in range(N_LAYER):
             cache.hot.set_k(il, 0, rows[0, il])
@@ -428,6 +433,8 @@ def test_the_error_of_a_context(make_context: Callable[..., Context]) -> None:
         moved = range(event.pos_min, event.pos_max + 1)
         assert moved == range(8)
         stored = [[get(il).dequantize()[0] for il in range(N_LAYER)] for get in (cache.cold.get_k, cache.cold.get_v)]
+        if cold != "f16":
+            stored[0] = [rows + cache.cold.get_means(il)[0, 0].astype(np.float32) for il, rows in enumerate(stored[0])]
         for side, measured, largest in ((0, event.rmse_k, event.max_k), (1, event.rmse_v, event.max_v)):
             # cells are taken in the order of the positions
             turn = np.eye(64) if cold == "f16" else hadamard(64)  # rows are rotated before they are quantised

@@ -29,6 +29,8 @@ struct llama_kv_mixed_params {
     int32_t type_cold_v; // enum ggml_type of cold V rows
 
     int32_t attn;        // enum llama_kv_mixed_attn_type
+
+    int32_t mean;        // 1: where cold K is quantised, its rows are stored less the mean of their page of 128 cells; 0: as they are
 };
 
 // What a mixed KV cache holds and has done so far.
@@ -61,7 +63,7 @@ struct llama_kv_mixed_stats {
     uint64_t bytes_rest;     // bytes allocated for what is not mixed: the cache of sliding windows, recurrent states
 };
 
-// hot 512, cold q4_0, group 128, threshold 0.8, sink 4, attn auto
+// hot 512, cold q4_0, group 128, threshold 0.8, sink 4, attn auto, mean 1
 struct llama_kv_mixed_params llama_kv_mixed_default_params(void);
 
 // Reads a spec such as "hot=512,cold=q4_0,group=128,threshold=0.8,sink=4" (or "1" for the defaults) into *params.
@@ -225,6 +227,7 @@ struct llama_kv_mixed_tier {
     uint32_t n_head_kv;
     uint64_t row_size_k;    // bytes of one cell's K in one layer
     uint64_t row_size_v;
+    uint32_t n_page;        // pages of 128 cells per stream whose K rows are stored less their mean, 0: rows are stored as they are
 };
 
 // A cell: its position (-1: empty), the position shift that is still to be applied, and its sequences.
@@ -289,6 +292,10 @@ int32_t llama_kv_mixed_cache_get_cells(const struct llama_kv_mixed_cache * cache
 // Rows [cell, cell + n) of a layer's K (v == 0) or V (v == 1), n*row_size bytes.
 int32_t llama_kv_mixed_cache_get_rows(const struct llama_kv_mixed_cache * cache, int32_t tier, uint32_t il, int32_t v, uint32_t strm, uint32_t cell, uint32_t n, void * dst);
 int32_t llama_kv_mixed_cache_set_rows(      struct llama_kv_mixed_cache * cache, int32_t tier, uint32_t il, int32_t v, uint32_t strm, uint32_t cell, uint32_t n, const void * src);
+
+// The means of K in pages [page, page + n) of cold: n*n_head_kv*n_embd_head_k values of F16, rotated as the rows are.
+int32_t llama_kv_mixed_cache_get_means(const struct llama_kv_mixed_cache * cache, uint32_t il, uint32_t strm, uint32_t page, uint32_t n, void * dst);
+int32_t llama_kv_mixed_cache_set_means(      struct llama_kv_mixed_cache * cache, uint32_t il, uint32_t strm, uint32_t page, uint32_t n, const void * src);
 
 // A batch made consistent, ready to be split; see llama_batch_allocr. mem may be NULL: positions are then not held against
 // those in a cache.
@@ -365,6 +372,11 @@ struct llama_kv_mixed_attn_args {
     float max_bias;      // ALiBi, 0: none
 
     float * dst;         // [n_stream][n_tokens][n_head][n_embd_v]
+
+    // Rows of K in seg[0] are stored less the mean of their page: n_embd_k values of F16, rotated as the rows are, for each KV
+    // head, page of 128 cells, stream; nb_k_mean: bytes from one of these to the next. null: they are stored as they are
+    const void * k_mean;
+    size_t nb_k_mean[3];
 };
 
 // Computes args->dst on so many threads, or on those that can be started. isa: the instruction set, NULL for the best one that this machine has.

@@ -52,6 +52,11 @@ static const llama_kv_mixed_isa & check_args(const llama_kv_mixed_attn_args * ar
         }
     }
 
+    if (args->k_mean && args->n_embd_k % LLAMA_KV_MIXED_BLOCK != 0) {
+        throw std::invalid_argument(format("there are no means of heads of %d values, which are not a multiple of %d",
+            (int) args->n_embd_k, LLAMA_KV_MIXED_BLOCK));
+    }
+
     return get_isa(isa);
 }
 
@@ -84,7 +89,7 @@ LLAMA_API int32_t llama_kv_mixed_quantize(
         const size_t nb_dst = ggml_row_size((ggml_type) type_dst, n);
 
         for (int64_t i = 0; i < n_rows; ++i) {
-            kernels.quantize_row(*from, (const char *) src + i*nb_src, *to, (char *) dst + i*nb_dst, n, n_rot);
+            kernels.quantize_row(*from, (const char *) src + i*nb_src, *to, (char *) dst + i*nb_dst, n, n_rot, nullptr);
         }
 
         return 0;

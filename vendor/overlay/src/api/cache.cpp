@@ -141,6 +141,8 @@ LLAMA_API int32_t llama_kv_mixed_cache_get_tier(const llama_kv_mixed_cache * cac
         res.row_size_k    = ggml_row_size(type_k, cache->hparams->n_embd_k_gqa(il));
         res.row_size_v    = ggml_row_size(type_v, cache->hparams->n_embd_v_gqa(il));
 
+        res.n_page        = is_cold && cache->mixed->get_means() ? cache->mixed->get_means()->get_n_page() : 0;
+
         copy_out(res, info);
 
         return 0;
@@ -227,6 +229,45 @@ LLAMA_API int32_t llama_kv_mixed_cache_set_rows(
         llama_kv_mixed_cache * cache, int32_t tier, uint32_t il, int32_t v, uint32_t strm, uint32_t cell, uint32_t n, const void * src) {
     return guarded(-1, [&] {
         const rows r = get_rows(cache, tier, il, v, strm, cell, n);
+        if (r.t) {
+            ggml_backend_tensor_set(r.t, src, r.offset, r.size);
+        }
+        return 0;
+    });
+}
+
+// the means of some pages of a layer's K: where they are, and their bytes
+static rows get_means(const llama_kv_mixed_cache * cache, uint32_t il, uint32_t strm, uint32_t page, uint32_t n) {
+    check(cache->mixed && cache->mixed->get_means(), "K is stored as it is, there are no means");
+
+    const auto ids = cache->hot->get_layer_ids();
+
+    check(std::find(ids.begin(), ids.end(), il) != ids.end(), "there is no such layer");
+    check(strm < cache->cold->get_n_stream(), "there is no such stream");
+    check((uint64_t) page + n <= cache->mixed->get_means()->get_n_page(), "there are no such pages");
+
+    synchronize(cache);
+
+    ggml_tensor * t = cache->mixed->get_k_mean(il);
+
+    return { n > 0 ? t : nullptr, strm*t->nb[2] + page*t->nb[1], n*t->nb[1] };
+}
+
+LLAMA_API int32_t llama_kv_mixed_cache_get_means(
+        const llama_kv_mixed_cache * cache, uint32_t il, uint32_t strm, uint32_t page, uint32_t n, void * dst) {
+    return guarded(-1, [&] {
+        const rows r = get_means(cache, il, strm, page, n);
+        if (r.t) {
+            ggml_backend_tensor_get(r.t, dst, r.offset, r.size);
+        }
+        return 0;
+    });
+}
+
+LLAMA_API int32_t llama_kv_mixed_cache_set_means(
+        llama_kv_mixed_cache * cache, uint32_t il, uint32_t strm, uint32_t page, uint32_t n, const void * src) {
+    return guarded(-1, [&] {
+        const rows r = get_means(cache, il, strm, page, n);
         if (r.t) {
             ggml_backend_tensor_set(r.t, src, r.offset, r.size);
         }

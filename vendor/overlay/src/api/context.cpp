@@ -26,6 +26,7 @@ LLAMA_API llama_kv_mixed_params llama_kv_mixed_default_params(void) {
         /*.type_cold_k =*/ GGML_TYPE_Q4_0,
         /*.type_cold_v =*/ GGML_TYPE_Q4_0,
         /*.attn        =*/ LLAMA_KV_MIXED_ATTN_AUTO,
+        /*.mean        =*/ 1,
     };
 }
 

@@ -25,6 +25,7 @@ struct workspace {
     float   * slope;
     // for all heads
     float   * pmax;
+    float   * mean;
     float   * S;
     float   * mask;
     float   * K;
@@ -45,6 +46,7 @@ V_INLINE workspace get_workspace(const attn_plan & p, float * scratch, int64_t p
     w.s     = l.s    .get(scratch, h);
     w.slope = l.slope.get(scratch, h);
     w.pmax  = l.pmax .get(scratch);
+    w.mean  = l.mean .get(scratch);
     w.S     = l.S    .get(scratch);
     w.mask  = l.mask .get(scratch);
     w.K     = l.K    .get(scratch);
@@ -93,18 +95,48 @@ struct kv_tile {
     const llama_kv_mixed_format & format_v;
     tile k;
     tile v;
+
+    const uint8_t * mean; // of K, F16 [n_embd_k]; null: rows are stored as they are
 };
+
+// rows of K as floats, with their mean
+void expand_k(const attn_args & a, const attn_plan & p, const workspace & w, const kv_tile & kv) {
+    expand(kv.format_k, kv.k, a.n_embd_k, w.K, p.ld_k);
+
+    for (int64_t i = 0; kv.mean && i < a.n_embd_k; i += V_LEN) {
+        const vf mean = v_load_f16(kv.mean + 2*i);
+        for (int j = 0; j < kv.k.n; ++j) {
+            v_store(w.K + j*p.ld_k + i, v_add(v_load(w.K + j*p.ld_k + i), mean));
+        }
+    }
+}
+
+V_INLINE float dot_floats(const float * x, const float * y, int64_t n) {
+    vf sum = v_zero();
+    for (int64_t i = 0; i < n; i += V_LEN) {
+        sum = v_fma(v_load(x + i), v_load(y + i), sum);
+    }
+    return v_hsum(sum);
+}
 
 // few query rows
 void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows, int64_t n_tokens, const kv_tile & kv, const mask_kind * kind) {
     const tile & k = kv.k;
     const tile & v = kv.v;
 
+    // rows as they are stored meet the query without the mean, which then adds the same to all of a row's scores
+    const bool is_direct = kv.format_k.dot && a.n_embd_k % BLOCK == 0;
+    const bool add_mean  = kv.mean && is_direct;
+
+    for (int64_t i = 0; add_mean && i < a.n_embd_k; i += V_LEN) {
+        v_store(w.mean + i, v_load_f16(kv.mean + 2*i));
+    }
+
     llama_kv_mixed_dot dot = { n_rows, a.n_embd_k, w.Q, p.ld_k, w.query, k, (uint8_t *) w.K, w.S };
-    if (kv.format_k.dot && a.n_embd_k % BLOCK == 0) {
+    if (is_direct) {
         kv.format_k.dot(dot);
     } else {
-        expand(kv.format_k, k, a.n_embd_k, w.K, p.ld_k);
+        expand_k(a, p, w, kv);
         dot.k = as_floats(k, w.K, p.ld_k);
         format_f32.dot(dot);
     }
@@ -116,7 +148,8 @@ void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64
 
     for (int64_t r = 0; r < n_rows; ++r) {
         const int64_t t = r/p.n_gqa;
-        w.pmax[r] = softmax_row(w.S + r*TILE, k.n, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, w.slope[r % p.n_gqa],
+        const float add = add_mean ? dot_floats(w.Q + r*p.ld_k, w.mean, a.n_embd_k) : 0.0f;
+        w.pmax[r] = softmax_row(w.S + r*TILE, k.n, add, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, w.slope[r % p.n_gqa],
             a.logit_softcap, w.O + r*p.ld_v, p.ld_v, w.m[r], w.s + r*V_LEN);
     }
 
@@ -136,7 +169,7 @@ void attend_gemm(const attn_args & a, const attn_plan & p, const workspace & w, 
     const tile & v = kv.v;
 
     // cells behind the last one: finite, and masked
-    expand(kv.format_k, k, a.n_embd_k, w.K, p.ld_k);
+    expand_k(a, p, w, kv);
     memset(w.K + k.n*p.ld_k, 0, (TILE - k.n)*p.ld_k*sizeof(float));
     transpose(w.K, p.ld_k, p.ld_k, w.KT);
 
@@ -165,7 +198,7 @@ void attend_gemm(const attn_args & a, const attn_plan & p, const workspace & w, 
             for (int64_t i = 0; i < n; ++i) {
                 const int64_t r = r0 + i;
                 const int64_t t = r/p.n_gqa;
-                softmax_row(w.S + i*TILE, k.n, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, w.slope[r % p.n_gqa],
+                softmax_row(w.S + i*TILE, k.n, 0.0f, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, w.slope[r % p.n_gqa],
                     a.logit_softcap, w.O + r*p.ld_v, p.ld_v, w.m[r], w.s + r*V_LEN);
             }
 
@@ -179,7 +212,7 @@ void attend_gemm(const attn_args & a, const attn_plan & p, const workspace & w, 
 void attend_by_cell(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows, int64_t n_tokens, const kv_tile & kv, const mask_kind * kind) {
     (void) n_tokens;
 
-    expand(kv.format_k, kv.k, a.n_embd_k, w.K, p.ld_k);
+    expand_k(a, p, w, kv);
     expand(kv.format_v, kv.v, a.n_embd_v, w.V, p.ld_v);
 
     for (int64_t r = 0; r < n_rows; ++r) {
@@ -189,7 +222,7 @@ void attend_by_cell(const attn_args & a, const attn_plan & p, const workspace & 
 
         format_f32.dot({ 1, a.n_embd_k, w.Q + r*p.ld_k, p.ld_k, nullptr, as_floats(kv.k, w.K, p.ld_k), nullptr, w.S });
 
-        softmax_row(w.S, kv.k.n, mask, w.slope[r % p.n_gqa], a.logit_softcap, O, p.ld_v, w.m[r], w.s + r*V_LEN);
+        softmax_row(w.S, kv.k.n, 0.0f, mask, w.slope[r % p.n_gqa], a.logit_softcap, O, p.ld_v, w.m[r], w.s + r*V_LEN);
 
         for (int j = 0; j < kv.v.n; ++j) {
             if (mask && mask[j] == -INFINITY) {

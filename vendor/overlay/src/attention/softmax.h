@@ -20,9 +20,9 @@ float alibi_slope(const attn_args & a, int64_t head) {
     return head < n ? powf(m0, (float) (head + 1)) : powf(m1, (float) (2*(head - n) + 1));
 }
 
-// n scores to weights in place, TILE of them; O, m, s: the row's output, largest score and sums of weights so far, V_LEN of
+// n scores to weights in place, TILE of them; add: what is to be added to the scores; O, m, s: the row's output, largest score and sums of weights so far, V_LEN of
 // these; returns the largest of the weights
-V_INLINE float softmax_row(float * S, int n, const float * mask, float slope, float softcap, float * O, int64_t n_embd, float & m, float * s) {
+V_INLINE float softmax_row(float * S, int n, float add, const float * mask, float slope, float softcap, float * O, int64_t n_embd, float & m, float * s) {
     for (int j = n; j < TILE; ++j) {
         S[j] = 0.0f; // their mask is -inf
     }
@@ -33,6 +33,9 @@ V_INLINE float softmax_row(float * S, int n, const float * mask, float slope, fl
 KVM_UNROLL
     for (int i = 0; i < N_VEC; ++i) {
         x[i] = v_load(S + i*V_LEN);
+        if (add != 0.0f) {
+            x[i] = v_add(x[i], v_set(add));
+        }
         if (softcap != 0.0f) {
             x[i] = v_mul(v_set(softcap), v_tanh(x[i]));
         }

@@ -174,8 +174,13 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
                     return tile { locate(it, ikv0 + h, stream, is_v), n_seen, n_block, locate_next(it, h, is_v) };
                 };
 
+                const uint8_t * mean = nullptr;
+                if (a.k_mean && i == 0) {
+                    mean = (const uint8_t *) a.k_mean + (ikv0 + h)*a.nb_k_mean[0] + it*a.nb_k_mean[1] + stream*a.nb_k_mean[2];
+                }
+
                 attend_tile(a, p, workspace_of(h), n_rows, n_tokens,
-                    { get_format(seg.type_k), get_format(seg.type_v), get_tile(false), get_tile(true) }, kind);
+                    { get_format(seg.type_k), get_format(seg.type_v), get_tile(false), get_tile(true), mean }, kind);
             }
         }
 

@@ -28,6 +28,7 @@ llama_kv_mixed_attn_layout llama_kv_mixed_attn_make_layout(const llama_kv_mixed_
     res.slope = take(p.n_gqa, p.n_hpt);
 
     res.pmax  = take(p.n_rows);
+    res.mean  = take(p.ld_k);
     res.S     = take(LLAMA_KV_MIXED_ATTN_ROWS*tile);
     res.mask  = take(p.n_tpb*tile);
     res.K     = take(tile*p.ld_k);

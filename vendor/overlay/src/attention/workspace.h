@@ -43,6 +43,7 @@ struct llama_kv_mixed_attn_layout {
 
     // for a task
     arrays pmax;  // [n_rows], few query rows
+    arrays mean;  // [ld_k], of a page's K
     arrays S;     // [LLAMA_KV_MIXED_ATTN_ROWS][tile]
     arrays mask;  // [n_tpb][tile]
     arrays K;     // [tile][ld_k]

@@ -76,6 +76,19 @@ ggml_tensor * llama_kv_cache_mixed_context::get_v_cold(ggml_context * ctx, int32
     return n_cold == 0 ? nullptr : kv_mixed->get_cold()->get_v(ctx, il, n_cold, sinfos[i_cur]);
 }
 
+ggml_tensor * llama_kv_cache_mixed_context::get_k_mean(ggml_context * ctx, int32_t il) const {
+    ggml_tensor * t = n_cold == 0 ? nullptr : kv_mixed->get_k_mean(il);
+    if (!t) {
+        return nullptr;
+    }
+
+    // as llama_kv_cache::get_k() does
+    const auto & sinfo = sinfos[i_cur];
+
+    return ggml_view_3d(ctx, t, t->ne[0], llama_kv_mixed_means::page_of(n_cold - 1) + 1, sinfo.s1 - sinfo.s0 + 1,
+        t->nb[1], t->nb[2], sinfo.s0*t->nb[2]);
+}
+
 void llama_kv_cache_mixed_context::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const {
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
     GGML_ASSERT(dst->ne[0] == (int64_t) n_cold + get_n_kv());

@@ -58,6 +58,9 @@ public:
     ggml_tensor * get_k_cold(ggml_context * ctx, int32_t il) const;
     ggml_tensor * get_v_cold(ggml_context * ctx, int32_t il) const;
 
+    // the means of their pages, [n_embd_k_gqa, n_page, n_stream]; null when rows are stored as they are
+    ggml_tensor * get_k_mean(ggml_context * ctx, int32_t il) const;
+
 private:
     llama_kv_cache_mixed * const kv_mixed = nullptr;
 

@@ -4,22 +4,8 @@
 
 #include "formats/formats.h"
 
+#include <algorithm>
 #include <cmath>
-
-// the fast Walsh-Hadamard transform in blocks of n values, orthonormal and its own inverse
-static void rotate(std::vector<float> & x, size_t n) {
-    for (size_t h = 1; h < n; h *= 2) {
-        for (size_t i = 0; i < x.size(); ++i) {
-            if ((i & h) == 0) {
-                const float a = x[i]    *0.70710678f;
-                const float b = x[i + h]*0.70710678f;
-
-                x[i]     = a + b;
-                x[i + h] = a - b;
-            }
-        }
-    }
-}
 
 void llama_kv_cache_mixed::measure_error(
                                   const migration & mig,
@@ -41,27 +27,34 @@ void llama_kv_cache_mixed::measure_error(
         }
     };
 
-    std::vector<uint8_t> raw;
-
-    const auto get_row = [&raw](const ggml_tensor * t, uint32_t row, std::vector<float> & out) {
-        raw.resize(ggml_row_size(t->type, t->ne[0]));
-        out.resize(t->ne[0]);
+    // row of a tensor, in the basis of hot rows
+    const auto get_row = [](const ggml_tensor * t, uint32_t row, const void * mean, int64_t n_rot) {
+        std::vector<uint8_t> raw(ggml_row_size(t->type, t->ne[0]));
+        std::vector<float>   res(t->ne[0]);
 
         ggml_backend_tensor_get(t, raw.data(), row*raw.size(), raw.size());
 
-        llama_kv_mixed_expand_row(*llama_kv_mixed_find_format(t->type), raw.data(), out.size(), out.data());
+        llama_kv_mixed_restore_row(*llama_kv_mixed_find_format(t->type), raw.data(), mean, res.size(), n_rot, res.data());
+
+        return res;
     };
 
-    std::vector<float> row_src;
-    std::vector<float> row_dst;
+    const auto get_mean = [&](size_t i_layer, uint32_t cell) {
+        std::vector<uint8_t> res(means->get_size(i_layer));
+        ggml_backend_tensor_get(means->get(i_layer), res.data(),
+            means->get_offset(i_layer, mig.strm, llama_kv_mixed_means::page_of(cell)), res.size());
+        return res;
+    };
 
-    const auto compare = [&](const ggml_tensor * t_src, const ggml_tensor * t_dst, int64_t n_rot) {
+    // i_layer_mean: rows are stored less the means of this layer, -1: as they are
+    const auto compare = [&](const ggml_tensor * t_src, const ggml_tensor * t_dst, int64_t n_rot, int i_layer_mean) {
         error res;
 
         for (size_t i = 0; i < mig.src.size(); ++i) {
-            get_row(t_src, mig.src[i], row_src);
-            get_row(t_dst, mig.dst[i], row_dst);
-            rotate(row_dst, n_rot);
+            const auto mean = i_layer_mean >= 0 ? get_mean(i_layer_mean, mig.dst[i]) : std::vector<uint8_t>();
+
+            const auto row_src = get_row(t_src, mig.src[i], nullptr, 0);
+            const auto row_dst = get_row(t_dst, mig.dst[i], i_layer_mean >= 0 ? mean.data() : nullptr, n_rot);
 
             for (size_t j = 0; j < row_src.size(); ++j) {
                 const float d = std::fabs(row_src[j] - row_dst[j]);
@@ -83,8 +76,8 @@ void llama_kv_cache_mixed::measure_error(
         const auto & hot  = kv_hot ->layers[i];
         const auto & cold = kv_cold->layers[i];
 
-        const error k = compare(hot.k_stream[mig.strm], cold.k_stream[mig.strm], n_rot_k);
-        const error v = compare(hot.v_stream[mig.strm], cold.v_stream[mig.strm], n_rot_v);
+        const error k = compare(hot.k_stream[mig.strm], cold.k_stream[mig.strm], n_rot_k, means ? (int) i : -1);
+        const error v = compare(hot.v_stream[mig.strm], cold.v_stream[mig.strm], n_rot_v, -1);
 
         k_all.add(k);
         v_all.add(v);

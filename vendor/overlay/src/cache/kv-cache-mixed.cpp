@@ -216,12 +216,20 @@ llama_kv_cache_mixed::llama_kv_cache_mixed(
         }
     }
 
+    if (has_cold() && params.mean && ggml_is_quantized(type_cold_k)) {
+        std::vector<ggml_tensor *> k;
+        for (const auto & layer : kv_cold->layers) {
+            k.push_back(layer.k);
+        }
+        means = std::make_unique<llama_kv_mixed_means>(*kv_cold, k, hparams.no_alloc);
+    }
+
     for (size_t i = 0; i < kv_cold->layers.size(); ++i) {
         const auto & hot  = kv_hot ->layers[i];
         const auto & cold = kv_cold->layers[i];
 
-        pairs.push_back({ hot.k, cold.k, n_rot_k, get_rot(n_rot_k) });
-        pairs.push_back({ hot.v, cold.v, n_rot_v, get_rot(n_rot_v) });
+        pairs.push_back({ hot.k, cold.k, n_rot_k, get_rot(n_rot_k), means ? means->get(i) : nullptr });
+        pairs.push_back({ hot.v, cold.v, n_rot_v, get_rot(n_rot_v), nullptr });
     }
 
     // without allocated tensors there is nothing to move (the model is only being measured)
@@ -262,6 +270,14 @@ uint32_t llama_kv_cache_mixed::get_n_ctx_seq() const {
     return n_ctx_seq;
 }
 
+const llama_kv_mixed_means * llama_kv_cache_mixed::get_means() const {
+    return means.get();
+}
+
+ggml_tensor * llama_kv_cache_mixed::get_k_mean(int32_t il) const {
+    return means ? means->get(kv_cold->map_layer_ids.at(il)) : nullptr;
+}
+
 int64_t llama_kv_cache_mixed::get_n_rot_k() const {
     return n_rot_k;
 }
@@ -292,6 +308,11 @@ llama_kv_mixed_stats llama_kv_cache_mixed::get_stats() const {
 
     res.bytes_hot   = kv_hot ->total_size();
     res.bytes_cold  = kv_cold->total_size();
+    if (means) {
+        for (const auto & [buft, size] : means->memory_breakdown()) {
+            res.bytes_cold += size;
+        }
+    }
     res.bytes_plain = bytes_plain;
 
     res.n_migrations   = n_migrations;
@@ -451,6 +472,10 @@ void llama_kv_cache_mixed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_d
                 ggml_backend_tensor_copy(layer.v_stream[sc_info.ssrc[i]], layer.v_stream[sc_info.sdst[i]]);
             }
 
+            if (means && kv == kv_cold.get()) {
+                means->copy_stream(sc_info.ssrc[i], sc_info.sdst[i]);
+            }
+
             copy_shift_jobs(*kv, sc_info.ssrc[i], sc_info.sdst[i]);
         }
     }
@@ -506,6 +531,12 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_mixed::memory_breakd
 
     for (const auto & [buft, size] : kv_cold->memory_breakdown()) {
         res[buft] += size;
+    }
+
+    if (means) {
+        for (const auto & [buft, size] : means->memory_breakdown()) {
+            res[buft] += size;
+        }
     }
 
     return res;

@@ -4,6 +4,7 @@
 
 #include "llama-kv-mixed.h"
 
+#include "cache/means.h"
 #include "cache/mover.h"
 #include "cache/policy.h"
 #include "cache/splitter.h"
@@ -30,6 +31,8 @@
 //
 // rows that are quantised are rotated before that, as upstream does it; those in hot are not: short texts are computed as
 // in a plain cache, and the attention over both rotates what meets cold rows
+
+class llama_kv_mixed_overflow;
 
 class llama_kv_cache_mixed : public llama_kv_cache {
 public:
@@ -111,6 +114,12 @@ public:
 
     // all cells of a layer's V, as llama_kv_cache::get_k_storage() has those of K
     static ggml_tensor * get_v_storage(const llama_kv_cache & kv, int32_t il);
+
+    // null: rows of K are stored as they are
+    const llama_kv_mixed_means * get_means() const;
+
+    // all means of a layer's K, [n_embd_k_gqa, n_page, n_stream], null: as above
+    ggml_tensor * get_k_mean(int32_t il) const;
 
     const llama_kv_mixed_params & get_params() const;
 
@@ -235,6 +244,8 @@ private:
 
     std::unique_ptr<llama_kv_cache> kv_cold;
 
+    std::unique_ptr<llama_kv_mixed_means> means;
+
     // hot and cold tensors, K and V of all layers
     std::vector<llama_kv_mixed_mover::pair> pairs;
 
@@ -314,6 +325,10 @@ private:
         std::vector<llama_pos> shift;
 
         size_t n_done;
+
+        // by page of these cells, where rows are stored less a mean, how far that turns with the rows: a page of which all
+        // tokens move as far; 0: it stays, and rows that move are stored less the mean that is there
+        std::vector<llama_pos> turn;
     };
 
     // those that have stopped half way: some layers are done, others are not
@@ -329,7 +344,10 @@ private:
     int64_t n_shift_fail = -1;
 
     // what is pending in the cells of a cache
-    static void add_shift_jobs(llama_kv_cache & kv, std::vector<shift_job> & jobs);
+    void add_shift_jobs(llama_kv_cache & kv, std::vector<shift_job> & jobs) const;
+
+    // see shift_job::turn; cells [first, end) are whole pages
+    static std::vector<llama_pos> get_turns(const llama_kv_cells & cells, uint32_t first, uint32_t end);
 
     shift_graph build_shift(llama_context * lctx, const shift_job & job, size_t i_layer) const;
 
@@ -355,6 +373,7 @@ private:
     struct state_cell;
     struct state_stream;
     struct state_tier;
+    struct state_places;
 
     // Remove a sequence, and make room for the cells that a state has of it. The others make way, but for their sinks: where
     // these are in the way, the oldest of the state's hot cells have to go to cold.
@@ -364,9 +383,24 @@ private:
     // the n of a sequence's cells that leave hot first
     std::vector<uint32_t> state_oldest(llama_seq_id seq_id, const std::vector<state_cell> & cells, uint32_t n) const;
 
+    // Where cells of a state go: to those that they had, or to the first free ones. Those at out, ascending, go to none.
+    static state_places state_find_cells(const llama_kv_cells & cells, const std::vector<state_cell> & wanted, const std::vector<uint32_t> & out);
+
+    // The same for cold, where rows are stored less the means of pages: a page of the state goes to one that is empty, or has the
+    // same means. Where there is none its tokens go to cold as hot ones do, which rounds their rows once more.
+    state_places state_find_pages(const state_stream & stream, uint32_t strm) const;
+
     // put cells in place, those of hot and of cold, and read their rows
     template <typename R>
     void state_apply(R & in, const state_tier * tiers, llama_seq_id seq_id, bool on_device);
+
+    // cells of cold for those that have no place; slots get them as well
+    llama_kv_mixed_moves state_place_staged(const state_tier * tiers, const std::vector<state_places> & places, uint32_t s0, std::vector<slot_info> & slots);
+
+    // overflow: where the rows of those are put as hot ones, null: there are none
+    template <typename R>
+    void state_read_rows(
+            R & in, const state_tier * tiers, const std::vector<state_places> & places, uint32_t s0, llama_kv_mixed_overflow * overflow, bool on_device);
 
     // what was there before the state that is being read, see undo.h
     class undo;
@@ -395,6 +429,12 @@ private:
         std::vector<uint32_t> src;
         std::vector<uint32_t> dst;
     };
+
+    // Rows src go to the free cells dst of a stream of cold. Pages that have no token get a mean of the rows that come: to be
+    // called before the cells have their tokens.
+    llama_kv_mixed_moves get_moves(const std::vector<uint32_t> & src, uint32_t strm, const std::vector<uint32_t> & dst) const;
+
+    bool is_page_empty(uint32_t strm, uint32_t page) const;
 
     // up to n of the oldest tokens that may move; empty: there are none, or cold is full
     migration pick(uint32_t strm, uint32_t n, const std::vector<uint32_t> & in_flight) const;

@@ -195,13 +195,54 @@ int llama_kv_cache_mixed::get_n_threads() const {
     return lctx ? lctx->n_threads() : std::clamp<int>(std::thread::hardware_concurrency(), 1, GGML_DEFAULT_N_THREADS);
 }
 
-bool llama_kv_cache_mixed::copy(const migration & mig) {
-    std::vector<int32_t> rows_src(mig.src.begin(), mig.src.end());
-    std::vector<int64_t> rows_dst(mig.dst.begin(), mig.dst.end());
+llama_kv_mixed_moves llama_kv_cache_mixed::get_moves(const std::vector<uint32_t> & src, uint32_t strm, const std::vector<uint32_t> & dst) const {
+    const auto & cells = kv_cold->v_cells[strm];
 
-    for (size_t i = 0; i < mig.src.size(); ++i) {
-        rows_src[i] += mig.strm*kv_hot ->get_size();
-        rows_dst[i] += mig.strm*kv_cold->get_size();
+    llama_kv_mixed_moves res;
+
+    res.src.assign(src.begin(), src.end());
+
+    for (const uint32_t i : dst) {
+        res.dst.push_back((int64_t) strm*cells.size() + i);
+    }
+
+    if (!means) {
+        return res;
+    }
+
+    const uint32_t page0 = strm*means->get_n_page();
+
+    for (const uint32_t i : dst) {
+        res.page.push_back(page0 + llama_kv_mixed_means::page_of(i));
+    }
+    for (const uint32_t page : llama_kv_mixed_means::get_pages(dst)) {
+        if (is_page_empty(strm, page)) {
+            res.page_new.push_back(page0 + page);
+        }
+    }
+
+    return res;
+}
+
+bool llama_kv_cache_mixed::is_page_empty(uint32_t strm, uint32_t page) const {
+    const auto & cells = kv_cold->v_cells[strm];
+
+    const uint32_t end = std::min((page + 1)*LLAMA_KV_MIXED_PAGE, (uint32_t) cells.size());
+
+    for (uint32_t i = page*LLAMA_KV_MIXED_PAGE; i < end; ++i) {
+        if (!cells.is_empty(i)) {
+            return false;
+        }
+    }
+
+    return true;
+}
+
+bool llama_kv_cache_mixed::copy(const migration & mig) {
+    auto src = mig.src;
+
+    for (uint32_t & i : src) {
+        i += mig.strm*kv_hot->get_size();
     }
 
     // the rows may still be on their way
@@ -209,7 +250,7 @@ bool llama_kv_cache_mixed::copy(const migration & mig) {
         ggml_backend_sched_synchronize(lctx->get_sched());
     }
 
-    if (!mover->move(rows_src, rows_dst, get_n_threads())) {
+    if (!mover->move(get_moves(src, mig.strm, mig.dst), get_n_threads())) {
         LLAMA_LOG_ERROR("%s: failed to copy %zu tokens from hot to cold, they stay hot\n", __func__, mig.src.size());
         return false;
     }

@@ -11,6 +11,13 @@
 #include <algorithm>
 #include <stdexcept>
 
+void llama_kv_mixed_moves::append(const llama_kv_mixed_moves & others) {
+    src     .insert(src     .end(), others.src     .begin(), others.src     .end());
+    dst     .insert(dst     .end(), others.dst     .begin(), others.dst     .end());
+    page    .insert(page    .end(), others.page    .begin(), others.page    .end());
+    page_new.insert(page_new.end(), others.page_new.begin(), others.page_new.end());
+}
+
 static ggml_backend_dev_t get_dev(const ggml_tensor * t) {
     // the CPU's own buffer types name no device
     ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
@@ -27,10 +34,11 @@ static bool is_fused(const llama_kv_mixed_mover::pair & p) {
         from && to && llama_kv_mixed_can_quantize(*from, *to, p.src->ne[0], p.n_rot);
 }
 
-// per pair: two flattened tensors, the rows, the write, a matrix, the product and two views of what that takes and gives;
-// the numbers of rows, and the node of the kernels
+// per pair: two flattened tensors, the rows, the write, a matrix, the product and two views of what that takes and gives; for
+// means the flattened tensor, the rows by channel in two steps, their product, its write, the means of rows and the difference
+// all pairs: the inputs, and the nodes of the kernels
 static size_t n_tensors(size_t n_pairs) {
-    return 8*n_pairs + 3;
+    return 15*n_pairs + 7;
 }
 
 llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint32_t n_max) {
@@ -67,9 +75,9 @@ llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint
 
         dev.galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(dev.backend.get())));
 
-        graph g = build(dev, n_max);
+        graph g = build(dev, n_max, n_max);
 
-        // a pair's nodes end with the write
+        // a pair's nodes end with the write of its rows
         for (int j = 0, i_pair = 0; j < ggml_graph_n_nodes(g.gf); ++j) {
             const ggml_tensor * node = ggml_graph_node(g.gf, j);
             if (!ggml_backend_supports_op(dev.backend.get(), node)) {
@@ -79,7 +87,7 @@ llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint
                     ggml_backend_dev_name(order[i]), ggml_type_name(p.src->type), ggml_type_name(p.dst->type),
                     ggml_op_desc(node), ggml_type_name(node->src[0]->type), ggml_type_name(node->type)));
             }
-            i_pair += node->op == GGML_OP_SET_ROWS;
+            i_pair += node->op == GGML_OP_SET_ROWS && node->src[1] == g.dst;
         }
 
         if (!ggml_gallocr_reserve(dev.galloc.get(), g.gf)) {
@@ -88,8 +96,8 @@ llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint
     }
 }
 
-llama_kv_mixed_mover::graph llama_kv_mixed_mover::build(device & dev, uint32_t n) {
-    graph res;
+llama_kv_mixed_mover::graph llama_kv_mixed_mover::build(device & dev, uint32_t n, uint32_t n_new) {
+    graph res = {};
 
     res.ctx.reset(ggml_init({
         /*.mem_size   =*/ dev.buf_meta.size(),
@@ -103,16 +111,42 @@ llama_kv_mixed_mover::graph llama_kv_mixed_mover::build(device & dev, uint32_t n
     res.src = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
     res.dst = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n);
 
-    ggml_set_input(res.src);
-    ggml_set_input(res.dst);
+    const auto has_mean = [](const pair & p) { return p.mean != nullptr; };
+
+    const bool is_any_fused  = std::any_of(dev.pairs_fused.begin(), dev.pairs_fused.end(), has_mean);
+    const bool is_any_others = std::any_of(dev.pairs      .begin(), dev.pairs      .end(), has_mean);
+
+    if (is_any_fused || is_any_others) {
+        res.page = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
+        if (n_new > 0) {
+            res.page_new = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_new);
+        }
+    }
+    if (is_any_others && n_new > 0) {
+        res.share = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n_new);
+    }
+
+    for (ggml_tensor * t : { res.src, res.dst, res.page, res.page_new, res.share }) {
+        if (t) {
+            ggml_set_input(t);
+        }
+    }
 
     const auto flat = [ctx](ggml_tensor * t) {
         return ggml_reshape_2d(ctx, t, t->ne[0], t->ne[1]*t->ne[2]);
     };
 
     if (!dev.pairs_fused.empty()) {
-        ggml_tensor * rows[2] = { res.src, res.dst };
-        ggml_build_forward_expand(res.gf, ggml_custom_4d(ctx, GGML_TYPE_I32, 1, 1, 1, 1, rows, 2, quantize, GGML_N_TASKS_MAX, &dev));
+        ggml_tensor * args[4] = { res.src, res.dst, res.page, res.page_new };
+
+        const auto add_node = [&](int n_args, ggml_custom_op_t f) {
+            ggml_build_forward_expand(res.gf, ggml_custom_4d(ctx, GGML_TYPE_I32, 1, 1, 1, 1, args, n_args, f, GGML_N_TASKS_MAX, &dev));
+        };
+
+        if (is_any_fused && n_new > 0) {
+            add_node(4, make_means);
+        }
+        add_node(is_any_fused ? 3 : 2, quantize);
     }
 
     for (const auto & p : dev.pairs) {
@@ -125,6 +159,15 @@ llama_kv_mixed_mover::graph llama_kv_mixed_mover::build(device & dev, uint32_t n
                 ggml_set_input(rot);
             }
             rows = llama_mul_mat_hadamard(ctx, rows, rot);
+        }
+
+        if (p.mean) {
+            ggml_tensor * mean = flat(p.mean);
+            if (n_new > 0) {
+                ggml_tensor * by_channel = ggml_cont(ctx, ggml_transpose(ctx, rows));
+                mean = ggml_set_rows(ctx, mean, ggml_mul_mat(ctx, by_channel, res.share), res.page_new);
+            }
+            rows = ggml_sub(ctx, rows, ggml_get_rows(ctx, mean, res.page));
         }
 
         ggml_build_forward_expand(res.gf, ggml_set_rows(ctx, flat(p.dst), rows, res.dst));
@@ -140,30 +183,93 @@ void llama_kv_mixed_mover::quantize(ggml_tensor * dst, int ith, int nth, void * 
 
     const auto * rows_src = (const int32_t *) dst->src[0]->data;
     const auto * rows_dst = (const int64_t *) dst->src[1]->data;
+    const auto * pages    = dst->src[2] ? (const int32_t *) dst->src[2]->data : nullptr;
 
     const int64_t n_rows  = dst->src[0]->ne[0];
     const int64_t n_total = n_rows*pairs.size();
 
     for (int64_t i = n_total*ith/nth; i < n_total*(ith + 1)/nth; ++i) {
         const auto & p = pairs[i/n_rows];
-        const char * src = (const char *) p.src->data + rows_src[i % n_rows]*p.src->nb[1];
-        char       * res = (char *)       p.dst->data + rows_dst[i % n_rows]*p.dst->nb[1];
-        isa.quantize_row(*llama_kv_mixed_find_format(p.src->type), src, *llama_kv_mixed_find_format(p.dst->type), res, p.src->ne[0], p.n_rot);
+        const char * src  = (const char *) p.src->data + rows_src[i % n_rows]*p.src->nb[1];
+        char       * res  = (char *)       p.dst->data + rows_dst[i % n_rows]*p.dst->nb[1];
+        const char * mean = p.mean ? (const char *) p.mean->data + pages[i % n_rows]*p.mean->nb[1] : nullptr;
+        isa.quantize_row(*llama_kv_mixed_find_format(p.src->type), src, *llama_kv_mixed_find_format(p.dst->type), res, p.src->ne[0], p.n_rot, mean);
     }
 }
 
-bool llama_kv_mixed_mover::move(const std::vector<int32_t> & src, const std::vector<int64_t> & dst, int n_threads) {
-    GGML_ASSERT(src.size() == dst.size());
+void llama_kv_mixed_mover::make_means(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & isa = *llama_kv_mixed_get_isa();
+
+    const auto & pairs = ((const device *) userdata)->pairs_fused;
+
+    const auto * rows_src  = (const int32_t *) dst->src[0]->data;
+    const auto * pages     = (const int32_t *) dst->src[2]->data;
+    const auto * pages_new = (const int64_t *) dst->src[3]->data;
+
+    const int64_t n_rows  = dst->src[0]->ne[0];
+    const int64_t n_new   = dst->src[3]->ne[0];
+    const int64_t n_total = n_new*pairs.size();
+
+    std::vector<int32_t> rows;
+
+    for (int64_t i = n_total*ith/nth; i < n_total*(ith + 1)/nth; ++i) {
+        const auto & p = pairs[i/n_new];
+        if (!p.mean) {
+            continue;
+        }
+
+        const int64_t page = pages_new[i % n_new];
+
+        rows.clear();
+        for (int64_t r = 0; r < n_rows; ++r) {
+            if (pages[r] == page) {
+                rows.push_back(rows_src[r]);
+            }
+        }
+
+        isa.mean_rows(*llama_kv_mixed_find_format(p.src->type), p.src->data, p.src->nb[1], rows.data(), rows.size(), p.src->ne[0], p.n_rot,
+            (char *) p.mean->data + page*p.mean->nb[1]);
+    }
+}
+
+// how much of each row is in each new mean: [n_new][n]
+static std::vector<float> get_shares(const llama_kv_mixed_moves & moves) {
+    std::vector<float> res(moves.page_new.size()*moves.size(), 0.0f);
+
+    for (size_t i = 0; i < moves.page_new.size(); ++i) {
+        const auto n = std::count(moves.page.begin(), moves.page.end(), moves.page_new[i]);
+
+        for (size_t r = 0; r < moves.size(); ++r) {
+            res[i*moves.size() + r] = moves.page[r] == moves.page_new[i] ? 1.0f/n : 0.0f;
+        }
+    }
+
+    return res;
+}
+
+bool llama_kv_mixed_mover::move(const llama_kv_mixed_moves & moves, int n_threads) {
+    GGML_ASSERT(moves.src.size() == moves.dst.size());
 
     for (auto & dev : devs) {
-        graph g = build(dev, src.size());
+        graph g = build(dev, moves.size(), moves.page_new.size());
 
         if (!ggml_gallocr_alloc_graph(dev.galloc.get(), g.gf)) {
             return false;
         }
 
-        ggml_backend_tensor_set(g.src, src.data(), 0, ggml_nbytes(g.src));
-        ggml_backend_tensor_set(g.dst, dst.data(), 0, ggml_nbytes(g.dst));
+        ggml_backend_tensor_set(g.src, moves.src.data(), 0, ggml_nbytes(g.src));
+        ggml_backend_tensor_set(g.dst, moves.dst.data(), 0, ggml_nbytes(g.dst));
+
+        if (g.page) {
+            GGML_ASSERT(moves.page.size() == moves.size());
+            ggml_backend_tensor_set(g.page, moves.page.data(), 0, ggml_nbytes(g.page));
+        }
+        if (g.page_new) {
+            ggml_backend_tensor_set(g.page_new, moves.page_new.data(), 0, ggml_nbytes(g.page_new));
+        }
+        if (g.share) {
+            ggml_backend_tensor_set(g.share, get_shares(moves).data(), 0, ggml_nbytes(g.share));
+        }
 
         for (const auto & [data, rot] : g.rots) {
             ggml_backend_tensor_set(rot, data, 0, ggml_nbytes(rot));

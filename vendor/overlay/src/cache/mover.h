@@ -11,10 +11,24 @@
 //
 // llama_kv_mixed_mover
 //
-// copies rows of one set of tensors into another on the device that holds them, rotated on the way where that is wanted:
-// in one step where the CPU's kernels can quantise them, else with ggml's own get_rows and set_rows. It needs no
+// copies rows of one set of tensors into another on the device that holds them, rotated on the way and less a mean where that
+// is wanted: in one step where the CPU's kernels can quantise them, else with ggml's own operations. It needs no
 // llama_context, and knows nothing of cells.
 //
+
+// which rows a move copies
+struct llama_kv_mixed_moves {
+    std::vector<int32_t> src; // rows of the tensors that rows come from
+    std::vector<int64_t> dst; // rows of those that they go to, as many
+
+    std::vector<int32_t> page;     // rows of the means, as many
+    std::vector<int64_t> page_new; // those that the rows that go there make, ascending; the others are used as they are
+
+    size_t size() const { return src.size(); }
+
+    // further ones, which go to other pages
+    void append(const llama_kv_mixed_moves & others);
+};
 
 class llama_kv_mixed_mover {
 public:
@@ -27,15 +41,18 @@ public:
         // [n_rot, n_rot], lives as long as the mover
         int64_t       n_rot;
         const float * rot;
+
+        // F16 [n_embd, n_page]: means that rows are stored less of; null: they are not
+        ggml_tensor * mean;
     };
 
     // n_max: the most rows that one move copies, memory for them is set aside here
     // throws std::runtime_error when a device can not do it
     llama_kv_mixed_mover(const std::vector<pair> & pairs, uint32_t n_max);
 
-    // row src[i] -> row dst[i], in all pairs
-    // returns when the copy is complete; false: it failed, and no row but dst was written
-    bool move(const std::vector<int32_t> & src, const std::vector<int64_t> & dst, int n_threads);
+    // in all pairs
+    // returns when the copy is complete; false: it failed, and nothing but rows dst and means page_new was written
+    bool move(const llama_kv_mixed_moves & moves, int n_threads);
 
     // for tests: the next n moves fail, after they have copied their rows
     void fail(uint32_t n) { n_fail = n; }
@@ -62,17 +79,22 @@ private:
 
         ggml_cgraph * gf;
 
-        ggml_tensor * src; // I32 [n]
-        ggml_tensor * dst; // I64 [n]
+        ggml_tensor * src;      // I32 [n]
+        ggml_tensor * dst;      // I64 [n]
+        ggml_tensor * page;     // I32 [n], null: no pair has means
+        ggml_tensor * page_new; // I64 [n_new], null: there are none
+        ggml_tensor * share;    // F32 [n, n_new]: how much of a row is in a mean
 
         // the matrices, and where they come from
         std::map<const float *, ggml_tensor *> rots;
     };
 
-    static graph build(device & dev, uint32_t n);
+    // n rows, n_new means
+    static graph build(device & dev, uint32_t n, uint32_t n_new);
 
-    // all of a device's pairs_fused, as a node of its graph
-    static void quantize(ggml_tensor * dst, int ith, int nth, void * userdata);
+    // all of a device's pairs_fused, as nodes of its graph: new means, then the rows
+    static void make_means(ggml_tensor * dst, int ith, int nth, void * userdata);
+    static void quantize  (ggml_tensor * dst, int ith, int nth, void * userdata);
 
     std::vector<device> devs;
 };

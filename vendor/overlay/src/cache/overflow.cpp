@@ -2,7 +2,6 @@
 
 #include "ggml-backend.h"
 
-#include <numeric>
 #include <stdexcept>
 
 llama_kv_mixed_overflow::llama_kv_mixed_overflow(const std::vector<llama_kv_mixed_mover::pair> & pairs, uint32_t n_rows) {
@@ -20,7 +19,7 @@ llama_kv_mixed_overflow::llama_kv_mixed_overflow(const std::vector<llama_kv_mixe
         ggml_tensor * t = ggml_new_tensor_2d(ctx, p.src->type, p.src->ne[0], n_rows);
 
         rows[p.src] = t;
-        pairs_own.push_back({ t, p.dst, p.n_rot, p.rot });
+        pairs_own.push_back({ t, p.dst, p.n_rot, p.rot, p.mean });
     }
 
     for (auto & [ctx, buf] : ctxs_bufs) {
@@ -37,9 +36,6 @@ llama_kv_mixed_overflow::llama_kv_mixed_overflow(const std::vector<llama_kv_mixe
     mover = std::make_unique<llama_kv_mixed_mover>(pairs_own, n_rows);
 }
 
-bool llama_kv_mixed_overflow::move(const std::vector<int64_t> & dst, int n_threads) {
-    std::vector<int32_t> src(dst.size());
-    std::iota(src.begin(), src.end(), 0);
-
-    return mover->move(src, dst, n_threads);
+bool llama_kv_mixed_overflow::move(const llama_kv_mixed_moves & moves, int n_threads) {
+    return mover->move(moves, n_threads);
 }

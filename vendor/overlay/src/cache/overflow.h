@@ -25,7 +25,7 @@ public:
     ggml_tensor * get(const ggml_tensor * hot) const { return rows.at(hot); }
 
     // all of them to these rows of the cold tensors; false: it failed
-    bool move(const std::vector<int64_t> & dst, int n_threads);
+    bool move(const llama_kv_mixed_moves & moves, int n_threads);
 
 private:
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;

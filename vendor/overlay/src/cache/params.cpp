@@ -60,6 +60,17 @@ static int32_t parse_attn(const std::string & key, const std::string & value) {
     throw std::invalid_argument(format("%s=%s is not auto, fused or compose", key.c_str(), value.c_str()));
 }
 
+static int32_t parse_bool(const std::string & key, const std::string & value) {
+    if (value == "on" || value == "1") {
+        return 1;
+    }
+    if (value == "off" || value == "0") {
+        return 0;
+    }
+
+    throw std::invalid_argument(format("%s=%s is not on or off", key.c_str(), value.c_str()));
+}
+
 static float parse_share(const std::string & key, const std::string & value) {
     std::istringstream is(value);
     is.imbue(std::locale::classic());
@@ -103,6 +114,7 @@ llama_kv_mixed_params llama_kv_mixed_parse_spec(const std::string & spec) {
         else if (key == "threshold") { res.threshold   = parse_share(key, value); }
         else if (key == "cold_k")    { res.type_cold_k = parse_type (key, value); }
         else if (key == "cold_v")    { res.type_cold_v = parse_type (key, value); }
+        else if (key == "mean")      { res.mean        = parse_bool (key, value); }
         else if (key == "attn")      { res.attn        = parse_attn (key, value); }
         else if (key == "cold") {
             // cold_k and cold_v are more specific, wherever they stand
@@ -111,7 +123,7 @@ llama_kv_mixed_params llama_kv_mixed_parse_spec(const std::string & spec) {
             if (!seen.count("cold_v")) { res.type_cold_v = type; }
         } else {
             throw std::invalid_argument(format(
-                "unknown key '%s' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, attn)", key.c_str()));
+                "unknown key '%s' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, mean, attn)", key.c_str()));
         }
     }
 
@@ -139,6 +151,9 @@ void llama_kv_mixed_validate(const llama_kv_mixed_params & params) {
     }
     if (params.attn < LLAMA_KV_MIXED_ATTN_AUTO || params.attn > LLAMA_KV_MIXED_ATTN_COMPOSE) {
         throw std::invalid_argument(format("attn=%d is no llama_kv_mixed_attn_type", params.attn));
+    }
+    if (params.mean != 0 && params.mean != 1) {
+        throw std::invalid_argument(format("mean=%d is not 0 or 1", params.mean));
     }
     for (const int32_t type : { params.type_cold_k, params.type_cold_v }) {
         if (!llama_kv_mixed_find_format(type)) {

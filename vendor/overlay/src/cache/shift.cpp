@@ -5,12 +5,14 @@
 // which are, and the next attempt goes on with the others.
 
 #include "cache/kv-cache-mixed.h"
+#include "cache/state-io.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
 #include <algorithm>
+#include <set>
 
 // The devices of a context's scheduler, with backends of their own: those of a context heed its abort callback, and a
 // shift would be left half done more often than need be.
@@ -64,6 +66,12 @@ struct llama_kv_cache_mixed::shift_graph {
 
     ggml_tensor * rows;  // in the cache
     ggml_tensor * res;   // what they are to be
+
+    // of their pages, null: rows are stored as they are
+    ggml_tensor * turn;      // I32 [n_page]
+    ggml_tensor * is_turned; // F32 [1, n_page], 1 or 0
+    ggml_tensor * means;     // F16 [n_embd_k_gqa, n_page], in the cache
+    ggml_tensor * res_means; // what they are to be
 };
 
 llama_kv_cache_mixed::shift_graph llama_kv_cache_mixed::build_shift(llama_context * lctx, const shift_job & job, size_t i_layer) const {
@@ -88,7 +96,9 @@ llama_kv_cache_mixed::shift_graph llama_kv_cache_mixed::build_shift(llama_contex
     const size_t size_head = ggml_row_size(k->type, n_embd_head);
     const size_t size_row  = ggml_row_size(k->type, n_embd_head*n_head_kv);
 
-    shift_graph res;
+    const bool has_means = means && job.kv == kv_cold.get();
+
+    shift_graph res = {};
 
     res.gf    = graph->get_gf();
     res.shift = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
@@ -97,25 +107,61 @@ llama_kv_cache_mixed::shift_graph llama_kv_cache_mixed::build_shift(llama_contex
 
     ggml_set_input(res.shift);
 
+    // rows F32 [n_embd_head, n_head_kv, n], as they are stored, at their new positions
+    const auto turn = [&](ggml_tensor * cur, ggml_tensor * shift) {
+        if (res.rot) {
+            cur = llama_mul_mat_hadamard(ctx, cur, res.rot);
+        }
+
+        // the part of each head that carries the position
+        ggml_tensor * rope = ggml_view_3d(ctx, cur, n_rot, n_head_kv, cur->ne[2], cur->nb[1], cur->nb[2], n_nope*cur->nb[0]);
+
+        rope = ggml_rope_ext_inplace(ctx, rope, shift, model.get_rope_factors(cparams, il),
+                n_rot, hparams.rope_type, cparams.n_ctx_orig_yarn,
+                model.get_rope_freq_base(cparams, il), model.get_rope_freq_scale(cparams, il),
+                cparams.yarn_ext_factor, cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+
+        // what follows reads the rows that this has changed in place
+        ggml_build_forward_expand(res.gf, rope);
+
+        return res.rot ? llama_mul_mat_hadamard(ctx, cur, res.rot) : cur;
+    };
+
+    const auto to_3d = [&](ggml_tensor * t) { return ggml_reshape_3d(ctx, t, n_embd_head, n_head_kv, t->ne[1]); };
+    const auto to_2d = [&](ggml_tensor * t) { return ggml_reshape_2d(ctx, t, n_embd_head*n_head_kv, t->ne[2]); };
+
     ggml_tensor * cur = ggml_cast(ctx, res.rows, GGML_TYPE_F32);
 
-    if (res.rot) {
-        cur = llama_mul_mat_hadamard(ctx, cur, res.rot);
+    if (has_means) {
+        ggml_tensor * t = means->get(i_layer);
+
+        const int64_t n_page = job.turn.size();
+
+        res.turn      = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_page);
+        res.is_turned = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, n_page);
+        res.means     = ggml_view_2d(ctx, t, t->ne[0], n_page, t->nb[1],
+            means->get_offset(i_layer, job.strm, llama_kv_mixed_means::page_of(job.first)));
+
+        ggml_set_input(res.turn);
+        ggml_set_input(res.is_turned);
+
+        ggml_tensor * old    = ggml_cast(ctx, res.means, GGML_TYPE_F32);
+        ggml_tensor * turned = to_2d(turn(to_3d(ggml_cast(ctx, res.means, GGML_TYPE_F32)), res.turn));
+
+        // those that stay do so bit for bit
+        res.res_means = ggml_add(ctx, old, ggml_mul(ctx, ggml_sub(ctx, turned, old), res.is_turned));
+        res.res_means = ggml_cast(ctx, res.res_means, GGML_TYPE_F16);
+
+        ggml_set_output(res.res_means);
+        ggml_build_forward_expand(res.gf, res.res_means);
+
+        cur = to_3d(llama_kv_mixed_add_means(ctx, to_2d(cur), old));
     }
 
-    // the part of each head that carries the position
-    ggml_tensor * rope = ggml_view_3d(ctx, cur, n_rot, n_head_kv, n, cur->nb[1], cur->nb[2], n_nope*cur->nb[0]);
+    cur = turn(cur, res.shift);
 
-    rope = ggml_rope_ext_inplace(ctx, rope, res.shift, model.get_rope_factors(cparams, il),
-            n_rot, hparams.rope_type, cparams.n_ctx_orig_yarn,
-            model.get_rope_freq_base(cparams, il), model.get_rope_freq_scale(cparams, il),
-            cparams.yarn_ext_factor, cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
-
-    // what follows reads the rows that this has changed in place
-    ggml_build_forward_expand(res.gf, rope);
-
-    if (res.rot) {
-        cur = llama_mul_mat_hadamard(ctx, cur, res.rot);
+    if (has_means) {
+        cur = to_3d(llama_kv_mixed_sub_means(ctx, to_2d(cur), res.res_means));
     }
 
     res.res = ggml_cast(ctx, cur, k->type);
@@ -140,6 +186,15 @@ bool llama_kv_cache_mixed::compute_shift(llama_context * lctx, ggml_backend_sche
     if (g.rot) {
         job.kv->set_input_k_rot(g.rot);
     }
+    if (g.turn) {
+        std::vector<float> is_turned;
+        for (const llama_pos turn : job.turn) {
+            is_turned.push_back(turn != 0 ? 1.0f : 0.0f);
+        }
+
+        ggml_backend_tensor_set(g.turn,      job.turn .data(), 0, ggml_nbytes(g.turn));
+        ggml_backend_tensor_set(g.is_turned, is_turned.data(), 0, ggml_nbytes(g.is_turned));
+    }
 
     const bool is_failing = n_shift_fail == 0;
     n_shift_fail -= n_shift_fail >= 0;
@@ -149,9 +204,50 @@ bool llama_kv_cache_mixed::compute_shift(llama_context * lctx, ggml_backend_sche
         return false;
     }
 
-    ggml_backend_tensor_copy(g.res, g.rows);
+    // rows of cells that have not moved stay bit for bit
+    const size_t size_row = ggml_nbytes(g.res)/job.shift.size();
+
+    std::vector<uint32_t> moved;
+    for (uint32_t i = 0; i < job.shift.size(); ++i) {
+        if (job.shift[i] != 0) {
+            moved.push_back(i);
+        }
+    }
+
+    if (moved.size() == job.shift.size()) {
+        ggml_backend_tensor_copy(g.res, g.rows);
+    } else {
+        std::vector<uint8_t> buf;
+        for_each_run(moved, [&](uint32_t first, size_t n) {
+            buf.resize(n*size_row);
+            ggml_backend_tensor_get(g.res,  buf.data(), first*size_row, buf.size());
+            ggml_backend_tensor_set(g.rows, buf.data(), first*size_row, buf.size());
+        });
+    }
+
+    if (g.means) {
+        ggml_backend_tensor_copy(g.res_means, g.means);
+    }
 
     return true;
+}
+
+std::vector<llama_pos> llama_kv_cache_mixed::get_turns(const llama_kv_cells & cells, uint32_t first, uint32_t end) {
+    std::vector<llama_pos> res;
+
+    for (uint32_t page = first; page < end; page += LLAMA_KV_MIXED_PAGE) {
+        std::set<llama_pos> shifts;
+
+        for (uint32_t i = page; i < std::min(end, page + LLAMA_KV_MIXED_PAGE); ++i) {
+            if (!cells.is_empty(i)) {
+                shifts.insert(cells.get_shift(i));
+            }
+        }
+
+        res.push_back(shifts.size() == 1 ? *shifts.begin() : 0);
+    }
+
+    return res;
 }
 
 void llama_kv_cache_mixed::settle_shift(const shift_job & job) {
@@ -182,7 +278,7 @@ void llama_kv_cache_mixed::settle_shift(const shift_job & job) {
     }
 }
 
-void llama_kv_cache_mixed::add_shift_jobs(llama_kv_cache & kv, std::vector<shift_job> & jobs) {
+void llama_kv_cache_mixed::add_shift_jobs(llama_kv_cache & kv, std::vector<shift_job> & jobs) const {
     for (uint32_t s = 0; s < kv.get_n_stream(); ++s) {
         auto & cells = kv.v_cells[s];
 
@@ -200,7 +296,18 @@ void llama_kv_cache_mixed::add_shift_jobs(llama_kv_cache & kv, std::vector<shift
             }
         }
 
-        shift_job job = { &kv, s, std::min(first, end), {}, 0 };
+        const bool has_means = means && &kv == kv_cold.get();
+
+        if (has_means && end > 0) {
+            first = first/LLAMA_KV_MIXED_PAGE*LLAMA_KV_MIXED_PAGE;
+            end   = std::min((uint32_t) cells.size(), GGML_PAD(end, LLAMA_KV_MIXED_PAGE));
+        }
+
+        shift_job job = { &kv, s, std::min(first, end), {}, 0, {} };
+
+        if (has_means) {
+            job.turn = get_turns(cells, job.first, end);
+        }
 
         for (uint32_t i = job.first; i < end; ++i) {
             job.shift.push_back(cells.is_empty(i) ? 0 : cells.get_shift(i));

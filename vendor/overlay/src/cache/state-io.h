@@ -17,7 +17,8 @@
 // format
 //
 //   header
-//   hot, cold: the layers' types and row sizes, how cold rows are rotated; for each stream where the next search for free cells begins, and its cells
+//   hot, cold: the layers' types and row sizes, how cold rows are rotated and whether they are less means; for each stream where
+//     the next search for free cells begins, its cells, and the means of the pages in cold that these are in, layer by layer
 //   checksum of all that
 //   hot, cold: for each stream its rows, K layer by layer, then V
 //   checksum of the rows
@@ -30,7 +31,7 @@
 // a plain cache's state begins with its number of streams, which no magic can be taken for
 struct llama_kv_mixed_state_header {
     uint32_t magic     = 0x78696d6b; // "kmix"
-    uint32_t version   = 4;
+    uint32_t version   = 5;
     uint32_t n_stream  = 1;          // 1 for a single sequence
     uint32_t whole     = 0;          // 1: all sequences
     uint32_t on_device = 0;          // the copy of the rows that was left on the device, 0: they are in the state

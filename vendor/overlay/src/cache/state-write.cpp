@@ -86,6 +86,7 @@ void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_i
         if (kv == get_cold()) {
             out.put(n_rot_k);
             out.put(n_rot_v);
+            out.put<uint32_t>(means ? LLAMA_KV_MIXED_PAGE : 0);
         }
 
         for (const uint32_t s : strms) {
@@ -127,12 +128,21 @@ void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_i
                     }
                 }
             }
+
+            // (in the state itself even where rows are left on the device: they are looked at before anything changes)
+            for (size_t i = 0; means && kv == get_cold() && i < kv->layers.size(); ++i) {
+                std::vector<uint8_t> mean(means->get_size(i));
+                for (const uint32_t page : llama_kv_mixed_means::get_pages(idxs.back())) {
+                    if (!out.counts_only) {
+                        ggml_backend_tensor_get(means->get(i), mean.data(), means->get_offset(i, s, page), mean.size());
+                    }
+                    out.put(mean.data(), mean.size());
+                }
+            }
         }
     }
 
     out.end();
-
-    std::vector<uint8_t> buf;
 
     size_t i_part = 0;
 
@@ -154,20 +164,8 @@ void llama_kv_cache_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_i
                     for_each_run(part, [&](uint32_t first, size_t n) {
                         if (on_device) {
                             io.write_tensor(as_bytes(t), first*size_row, n*size_row);
-                            return;
-                        }
-
-                        const uint8_t * rows = (const uint8_t *) t->data + first*size_row;
-
-                        if (!ggml_backend_buffer_is_host(t->buffer)) {
-                            buf.resize(n*size_row);
-                            ggml_backend_tensor_get(t, buf.data(), first*size_row, buf.size());
-                            rows = buf.data();
-                        }
-
-                        // row by row: where runs end is another matter when they are read
-                        for (size_t i = 0; i < n; ++i) {
-                            out.put(rows + i*size_row, size_row);
+                        } else {
+                            out.put(t, first*size_row, n*size_row);
                         }
                     });
                 }

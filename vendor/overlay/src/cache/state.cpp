@@ -4,13 +4,17 @@
 #include "cache/overflow.h"
 #include "cache/state-io.h"
 #include "cache/undo.h"
+#include "formats/formats.h"
 
 #include "llama-impl.h"
 
 #include <algorithm>
 #include <cinttypes>
 #include <cstring>
+#include <map>
+#include <numeric>
 #include <optional>
+#include <set>
 #include <stdexcept>
 
 struct llama_kv_cache_mixed::state_cell {
@@ -27,6 +31,18 @@ struct llama_kv_cache_mixed::state_stream {
     uint32_t head; // where the search for free cells begins
 
     std::vector<state_cell> cells;
+
+    // of the pages that the cells of cold are in, layer by layer
+    std::map<uint32_t, std::vector<std::vector<uint8_t>>> means;
+};
+
+// where the cells of a tier of a state's stream go
+struct llama_kv_cache_mixed::state_places {
+    static constexpr uint32_t NONE = UINT32_MAX;
+
+    std::vector<uint32_t> idxs; // by the state's cells; NONE: to cold, as hot tokens go there
+
+    std::map<uint32_t, uint32_t> pages; // of the state, by those of this cache that take their means
 };
 
 struct llama_kv_cache_mixed::state_tier {
@@ -133,6 +149,8 @@ void llama_kv_cache_mixed::state_read_part(llama_io_read_i & io, llama_seq_id se
 
     state_tier tiers[2];
 
+    bool has_means = false;
+
     for (const bool is_cold : { false, true }) {
         const llama_kv_cache & kv = is_cold ? *get_cold() : *get_hot();
 
@@ -168,6 +186,16 @@ void llama_kv_cache_mixed::state_read_part(llama_io_read_i & io, llama_seq_id se
                 throw std::runtime_error(format("the state has cold rows rotated in blocks of %" PRId64 " (K) and %" PRId64
                     " (V) values, this cache has %" PRId64 " and %" PRId64 " (0: not rotated, see LLAMA_ATTN_ROT_DISABLE)",
                     rot_k, rot_v, n_rot_k, n_rot_v));
+            }
+
+            const auto page = in.get<uint32_t>();
+            has_means = page != 0;
+
+            if (!is_none && page != (means ? LLAMA_KV_MIXED_PAGE : 0u)) {
+                throw std::runtime_error(format("the state has cold rows of K that are stored %s, this cache stores them %s: "
+                    "its mean=%s must be that of the cache that the state is from",
+                    page == 0 ? "as they are" : format("less the means of pages of %u cells", page).c_str(),
+                    means ? format("less the means of pages of %d cells", LLAMA_KV_MIXED_PAGE).c_str() : "as they are", means ? "on" : "off"));
             }
         }
 
@@ -220,6 +248,20 @@ void llama_kv_cache_mixed::state_read_part(llama_io_read_i & io, llama_seq_id se
                 stream.cells.push_back(cell);
             }
 
+            if (is_cold && has_means) {
+                std::vector<uint32_t> idxs;
+                for (const auto & cell : stream.cells) {
+                    idxs.push_back(cell.i);
+                }
+
+                for (size_t i = 0; i < kv.layers.size(); ++i) {
+                    for (const uint32_t page : llama_kv_mixed_means::get_pages(idxs)) {
+                        stream.means[page].emplace_back(means->get_size(i));
+                        in.get(stream.means[page].back().data(), means->get_size(i));
+                    }
+                }
+            }
+
             tiers[is_cold].streams.push_back(std::move(stream));
         }
     }
@@ -229,6 +271,9 @@ void llama_kv_cache_mixed::state_read_part(llama_io_read_i & io, llama_seq_id se
     state_undo = std::make_shared<undo>();
     state_undo->add(*get_hot (), seq_id, true);
     state_undo->add(*get_cold(), seq_id, false);
+    if (means) {
+        state_undo->add(*means, *get_cold(), seq_id);
+    }
 
     try {
         state_apply(in, tiers, seq_id, on_device);
@@ -323,41 +368,152 @@ std::vector<uint32_t> llama_kv_cache_mixed::state_make_room(
     return state_oldest(seq_id, hot, n_over);
 }
 
+// to the cells that they had, or to the first free ones; those at out, ascending, to none
+llama_kv_cache_mixed::state_places llama_kv_cache_mixed::state_find_cells(
+        const llama_kv_cells & cells, const std::vector<state_cell> & wanted, const std::vector<uint32_t> & out) {
+    state_places res;
+
+    res.idxs.assign(wanted.size(), state_places::NONE);
+
+    std::vector<uint32_t> in;
+    for (uint32_t i = 0; i < wanted.size(); ++i) {
+        if (!std::binary_search(out.begin(), out.end(), i)) {
+            in.push_back(i);
+        }
+    }
+
+    const bool same = std::all_of(in.begin(), in.end(), [&](uint32_t i) {
+        return wanted[i].i < cells.size() && cells.is_empty(wanted[i].i);
+    });
+
+    uint32_t i_free = 0;
+
+    for (const uint32_t i : in) {
+        i_free = same ? wanted[i].i : i_free;
+        while (!cells.is_empty(i_free)) {
+            i_free++;
+        }
+        res.idxs[i] = i_free++;
+    }
+
+    return res;
+}
+
+llama_kv_cache_mixed::state_places llama_kv_cache_mixed::state_find_pages(const state_stream & stream, uint32_t strm) const {
+    const auto & cells = kv_cold->v_cells[strm];
+
+    state_places res;
+
+    std::map<uint32_t, std::vector<uint32_t>> offsets; // of the cells in their page
+    for (const auto & cell : stream.cells) {
+        offsets[llama_kv_mixed_means::page_of(cell.i)].push_back(cell.i % LLAMA_KV_MIXED_PAGE);
+    }
+
+    const auto has_room = [&](uint32_t page, const std::vector<uint32_t> & offs) {
+        return std::all_of(offs.begin(), offs.end(), [&](uint32_t off) {
+            const uint64_t i = (uint64_t) page*LLAMA_KV_MIXED_PAGE + off;
+            return i < cells.size() && cells.is_empty(i);
+        });
+    };
+
+    const auto has_means = [&](uint32_t page, const std::vector<std::vector<uint8_t>> & wanted) {
+        std::vector<uint8_t> buf;
+        for (size_t i = 0; i < wanted.size(); ++i) {
+            buf.resize(wanted[i].size());
+            ggml_backend_tensor_get(means->get(i), buf.data(), means->get_offset(i, strm, page), buf.size());
+            if (buf != wanted[i]) {
+                return false;
+            }
+        }
+        return true;
+    };
+
+    // the pages that take those of the state: rows that keep their mean stay bit for bit
+    std::map<uint32_t, uint32_t> taken; // by page of the state
+    std::set<uint32_t> used;
+
+    const auto take = [&](uint32_t from, uint32_t page) {
+        const bool is_empty = page < means->get_n_page() && is_page_empty(strm, page);
+
+        if (used.count(page) || !has_room(page, offsets[from]) || !(is_empty || has_means(page, stream.means.at(from)))) {
+            return false;
+        }
+
+        taken[from] = page;
+        used.insert(page);
+        if (is_empty) {
+            res.pages[page] = from;
+        }
+        return true;
+    };
+
+    for (const auto & [from, offs] : offsets) {
+        take(from, from);
+    }
+    for (const auto & [from, offs] : offsets) {
+        for (uint32_t page = 0; page < means->get_n_page() && !taken.count(from); ++page) {
+            if (is_page_empty(strm, page)) {
+                take(from, page);
+            }
+        }
+    }
+
+    for (const auto & cell : stream.cells) {
+        const auto it = taken.find(llama_kv_mixed_means::page_of(cell.i));
+        res.idxs.push_back(it == taken.end() ? state_places::NONE : it->second*LLAMA_KV_MIXED_PAGE + cell.i % LLAMA_KV_MIXED_PAGE);
+    }
+
+    return res;
+}
+
 template <typename R>
 void llama_kv_cache_mixed::state_apply(R & in, const state_tier * tiers, llama_seq_id seq_id, bool on_device) {
     const uint32_t s0 = seq_id == -1 ? 0 : get_stream(seq_id);
 
     // hot cells of the state for which there is no room in hot, ascending
     std::vector<uint32_t> over;
-    std::optional<llama_kv_mixed_overflow> overflow;
 
     if (seq_id != -1) {
         over = state_make_room(seq_id, tiers[0].streams[0].cells, tiers[1].streams[0].cells.size(), on_device);
-
-        if (!over.empty()) {
-            overflow.emplace(pairs, over.size());
-        }
     } else {
         for (llama_kv_cache * kv : { get_hot(), get_cold() }) {
             kv->llama_kv_cache::clear(true);
         }
     }
 
-    std::vector<slot_info> slots; // of hot, then cold, by stream
+    std::vector<state_places> places; // of hot, then cold, by stream
+
+    for (size_t i = 0; i < tiers[0].streams.size(); ++i) {
+        places.push_back(state_find_cells(kv_hot->v_cells[s0 + i], tiers[0].streams[i].cells, over));
+    }
+    for (size_t i = 0; i < tiers[1].streams.size(); ++i) {
+        const auto & stream = tiers[1].streams[i];
+
+        places.push_back(means ? state_find_pages(stream, s0 + i) : state_find_cells(kv_cold->v_cells[s0 + i], stream.cells, {}));
+    }
+
+    // rows that go to cold as hot ones do
+    const size_t n_staged = std::accumulate(places.begin(), places.end(), size_t(0), [](size_t n, const state_places & p) {
+        return n + std::count(p.idxs.begin(), p.idxs.end(), state_places::NONE);
+    });
+
+    if (n_staged > 0 && on_device) {
+        throw std::runtime_error("the rows that were left on the device need whole pages of cold that are free, and there are not as many");
+    }
+
+    std::optional<llama_kv_mixed_overflow> overflow;
+    if (n_staged > 0) {
+        overflow.emplace(pairs, n_staged);
+    }
+
+    std::vector<slot_info> slots; // as places
 
     for (const bool is_cold : { false, true }) {
         llama_kv_cache & kv = is_cold ? *get_cold() : *get_hot();
 
         for (size_t i = 0; i < tiers[is_cold].streams.size(); ++i) {
             const auto & stream = tiers[is_cold].streams[i];
-
-            auto part = stream.cells;
-
-            if (!is_cold) {
-                for (auto it = over.rbegin(); it != over.rend(); ++it) {
-                    part.erase(part.begin() + *it);
-                }
-            }
+            const auto & place  = places[slots.size()];
 
             auto & cells = kv.v_cells[s0 + i];
 
@@ -366,111 +522,44 @@ void llama_kv_cache_mixed::state_apply(R & in, const state_tier * tiers, llama_s
                 kv.v_heads[s0 + i] = std::min(stream.head, cells.size());
             }
 
-            // to the cells that they had, or to the first free ones
-            const bool same = std::all_of(part.begin(), part.end(), [&](const state_cell & cell) {
-                return cell.i < cells.size() && cells.is_empty(cell.i);
-            });
-
             slot_info sinfo;
             sinfo.s0 = s0 + i;
             sinfo.s1 = s0 + i;
             sinfo.resize(1);
             sinfo.strm[0] = s0 + i;
 
-            uint32_t i_free = 0;
+            for (size_t j = 0; j < stream.cells.size(); ++j) {
+                if (place.idxs[j] != state_places::NONE) {
+                    const auto & cell = stream.cells[j];
 
-            for (const auto & cell : part) {
-                if (same) {
-                    i_free = cell.i;
+                    set_cell(cells, place.idxs[j], cell.pos, cell.shift, cell.ext, cell.seqs);
+                    sinfo.idxs[0].push_back(place.idxs[j]);
                 }
-                while (!cells.is_empty(i_free)) {
-                    i_free++;
-                }
+            }
 
-                set_cell(cells, i_free, cell.pos, cell.shift, cell.ext, cell.seqs);
-                sinfo.idxs[0].push_back(i_free);
+            for (const auto & [page, from] : place.pages) {
+                const auto & mean = stream.means.at(from);
+                for (size_t il = 0; il < mean.size(); ++il) {
+                    ggml_backend_tensor_set(means->get(il), mean[il].data(), means->get_offset(il, s0 + i, page), mean[il].size());
+                }
             }
 
             slots.push_back(sinfo);
         }
     }
 
-    const auto idxs_over = get_free_cold(s0, over.size());
-
-    for (size_t i = 0; i < over.size(); ++i) {
-        const auto & cell = tiers[0].streams[0].cells[over[i]];
-
-        set_cell(kv_cold->v_cells[s0], idxs_over[i], cell.pos, cell.shift, cell.ext, cell.seqs);
-    }
-
-    std::vector<uint8_t> buf;
-
-    const auto read_rows = [&](ggml_tensor * t, uint32_t first, size_t n) {
-        const size_t size_row = t->nb[1];
-
-        if (on_device) {
-            in.io.read_tensor(as_bytes(t), first*size_row, n*size_row);
-            return;
-        }
-
-        buf.resize(n*size_row);
-        for (size_t r = 0; r < n; ++r) {
-            in.get(buf.data() + r*size_row, size_row);
-        }
-        ggml_backend_tensor_set(t, buf.data(), first*size_row, buf.size());
-    };
+    const llama_kv_mixed_moves moves = state_place_staged(tiers, places, s0, slots);
 
     try {
-        size_t i_slot = 0;
-
-        for (const bool is_cold : { false, true }) {
-            llama_kv_cache & kv = is_cold ? *get_cold() : *get_hot();
-
-            for (size_t i = 0; i < tiers[is_cold].streams.size(); ++i) {
-                const auto & sinfo = slots[i_slot++];
-
-                for (const bool is_v : { false, true }) {
-                    for (const auto & layer : kv.layers) {
-                        ggml_tensor * t = is_v ? layer.v_stream[sinfo.strm[0]] : layer.k_stream[sinfo.strm[0]];
-
-                        if (is_cold || over.empty()) {
-                            for_each_run(sinfo.idxs[0], [&](uint32_t first, size_t n) { read_rows(t, first, n); });
-                            continue;
-                        }
-
-                        ggml_tensor * t_over = overflow->get(is_v ? layer.v : layer.k);
-
-                        size_t i_over = 0;
-
-                        for (size_t j = 0; j < tiers[0].streams[0].cells.size(); ++j) {
-                            if (i_over < over.size() && over[i_over] == j) {
-                                read_rows(t_over, i_over++, 1);
-                            } else {
-                                read_rows(t, sinfo.idxs[0][j - i_over], 1);
-                            }
-                        }
-                    }
-                }
-            }
-        }
+        state_read_rows(in, tiers, places, s0, overflow ? &*overflow : nullptr, on_device);
 
         in.end();
 
-        if (overflow) {
-            std::vector<int64_t> rows(idxs_over.begin(), idxs_over.end());
-            for (int64_t & row : rows) {
-                row += (int64_t) s0*kv_cold->get_size();
-            }
-
-            if (!overflow->move(rows, get_n_threads())) {
-                throw std::runtime_error("the tokens of the state that hot has no room for can not be moved to cold");
-            }
+        if (overflow && !overflow->move(moves, get_n_threads())) {
+            throw std::runtime_error("the tokens of the state that hot has no room for can not be moved to cold");
         }
     } catch (...) {
         // half a state is none, and rows that are no numbers would be seen even in free cells
-        auto & idxs_last = slots.back().idxs[0];
-        idxs_last.insert(idxs_last.end(), idxs_over.begin(), idxs_over.end());
-
         size_t i_slot = 0;
 
         for (const bool is_cold : { false, true }) {
@@ -484,5 +573,128 @@ void llama_kv_cache_mixed::state_apply(R & in, const state_tier * tiers, llama_s
         }
 
         throw;
+    }
+}
+
+llama_kv_mixed_moves llama_kv_cache_mixed::state_place_staged(
+        const state_tier * tiers, const std::vector<state_places> & places, uint32_t s0, std::vector<slot_info> & slots) {
+    const size_t n_stream_state = tiers[0].streams.size();
+
+    llama_kv_mixed_moves res;
+
+    // the staged rows of a stream of the state follow each other: those of hot, then those of cold
+    uint32_t i_staged = 0;
+
+    for (const bool is_cold : { false, true }) {
+        for (size_t i = 0; i < n_stream_state; ++i) {
+            const auto & stream = tiers [is_cold].streams[i];
+            const auto & place  = places[is_cold*n_stream_state + i];
+
+            std::vector<uint32_t> src;
+            std::vector<const state_cell *> staged;
+
+            for (size_t j = 0; j < stream.cells.size(); ++j) {
+                if (place.idxs[j] == state_places::NONE) {
+                    src.push_back(i_staged++);
+                    staged.push_back(&stream.cells[j]);
+                }
+            }
+
+            const auto dst = get_free_cold(s0 + i, src.size());
+
+            res.append(get_moves(src, s0 + i, dst));
+
+            for (size_t j = 0; j < staged.size(); ++j) {
+                set_cell(kv_cold->v_cells[s0 + i], dst[j], staged[j]->pos, staged[j]->shift, staged[j]->ext, staged[j]->seqs);
+            }
+
+            auto & idxs = slots[n_stream_state + i].idxs[0];
+            idxs.insert(idxs.end(), dst.begin(), dst.end());
+        }
+    }
+
+    return res;
+}
+
+template <typename R>
+void llama_kv_cache_mixed::state_read_rows(
+        R & in, const state_tier * tiers, const std::vector<state_places> & places, uint32_t s0, llama_kv_mixed_overflow * overflow, bool on_device) {
+    const size_t n_stream_state = tiers[0].streams.size();
+
+    std::vector<uint8_t> buf;
+    std::vector<float>   row;
+
+    const auto read_rows = [&](ggml_tensor * t, uint32_t first, size_t n) {
+        const size_t size_row = t->nb[1];
+
+        if (on_device) {
+            in.io.read_tensor(as_bytes(t), first*size_row, n*size_row);
+            return;
+        }
+
+        buf.resize(n*size_row);
+        in.get(buf.data(), buf.size());
+        ggml_backend_tensor_set(t, buf.data(), first*size_row, buf.size());
+    };
+
+    // a row of cold as it was in hot
+    const auto read_back = [&](const ggml_tensor * cold, const uint8_t * mean, int64_t n_rot, ggml_tensor * t, uint32_t i) {
+        const int64_t n = cold->ne[0];
+
+        buf.resize(cold->nb[1]);
+        row.resize(n);
+        in.get(buf.data(), buf.size());
+        llama_kv_mixed_restore_row(*llama_kv_mixed_find_format(cold->type), buf.data(), mean, n, n_rot, row.data());
+
+        buf.resize(t->nb[1]);
+        if (t->type == GGML_TYPE_F32) {
+            memcpy(buf.data(), row.data(), buf.size());
+        } else {
+            ggml_get_type_traits(t->type)->from_float_ref(row.data(), buf.data(), n);
+        }
+        ggml_backend_tensor_set(t, buf.data(), i*buf.size(), buf.size());
+    };
+
+    uint32_t i_first = 0; // of the stream's staged rows
+
+    for (const bool is_cold : { false, true }) {
+        llama_kv_cache & kv = is_cold ? *get_cold() : *get_hot();
+
+        for (size_t i = 0; i < n_stream_state; ++i) {
+            const auto & stream = tiers[is_cold].streams[i];
+            const auto & idxs   = places[is_cold*n_stream_state + i].idxs;
+
+            for (const bool is_v : { false, true }) {
+                for (size_t il = 0; il < kv.layers.size(); ++il) {
+                    ggml_tensor * t     = is_v ? kv.layers[il].v_stream[s0 + i] : kv.layers[il].k_stream[s0 + i];
+                    ggml_tensor * stage = overflow ? overflow->get(is_v ? kv_hot->layers[il].v : kv_hot->layers[il].k) : nullptr;
+
+                    uint32_t i_staged = i_first;
+
+                    for (size_t j = 0; j < idxs.size();) {
+                        if (idxs[j] != state_places::NONE) {
+                            size_t n = 1;
+                            while (j + n < idxs.size() && idxs[j + n] == idxs[j] + n) {
+                                n++;
+                            }
+                            read_rows(t, idxs[j], n);
+                            j += n;
+                            continue;
+                        }
+
+                        if (is_cold) {
+                            const auto mean = is_v ? stream.means.end() : stream.means.find(llama_kv_mixed_means::page_of(stream.cells[j].i));
+                            read_back(t, mean == stream.means.end() ? nullptr : mean->second[il].data(), is_v ? n_rot_v : n_rot_k, stage, i_staged);
+                        } else {
+                            read_rows(stage, i_staged, 1);
+                        }
+                        i_staged++;
+                        j++;
+                    }
+                }
+            }
+
+            i_first += std::count(idxs.begin(), idxs.end(), state_places::NONE);
+        }
     }
 }

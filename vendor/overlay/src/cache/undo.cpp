@@ -84,6 +84,26 @@ void llama_kv_cache_mixed::undo::add(llama_memory_recurrent & mem, llama_seq_id 
     });
 }
 
+void llama_kv_cache_mixed::undo::add(const llama_kv_mixed_means & means, const llama_kv_cache & cold, llama_seq_id seq_id) {
+    for (uint32_t s = 0; s < cold.get_n_stream(); ++s) {
+        const auto & cur = cold.v_cells[s];
+
+        std::vector<uint32_t> idxs;
+
+        for (uint32_t i = 0; i < cur.size(); ++i) {
+            if (!cur.is_empty(i) && (seq_id == -1 || cur.seq_has(i, seq_id))) {
+                idxs.push_back(i);
+            }
+        }
+
+        for (const uint32_t page : llama_kv_mixed_means::get_pages(idxs)) {
+            for (size_t il = 0; il < cold.layers.size(); ++il) {
+                add(means.get(il), means.get_offset(il, s, page), means.get_size(il));
+            }
+        }
+    }
+}
+
 void llama_kv_cache_mixed::undo::restore() const {
     for (const auto & r : saved) {
         ggml_backend_tensor_set(r.t, r.data.data(), r.offset, r.data.size());

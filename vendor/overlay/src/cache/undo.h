@@ -18,6 +18,9 @@ public:
     // a sequence's state has one row; the snapshots of earlier states (n_rs_seq) are not written by a read
     void add(llama_memory_recurrent & mem, llama_seq_id seq_id);
 
+    // the means of the pages that tokens of a sequence (-1: any) are in
+    void add(const llama_kv_mixed_means & means, const llama_kv_cache & cold, llama_seq_id seq_id);
+
     // all of them as they were
     void restore() const;
 

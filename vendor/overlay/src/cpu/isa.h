@@ -20,7 +20,11 @@ struct llama_kv_mixed_isa {
     size_t                        n_formats;
 
     // a row of n values from one format to another, rotated in blocks of n_rot values, 0: not; see llama_kv_mixed_can_quantize()
-    void (*quantize_row)(const llama_kv_mixed_format & from, const void * src, const llama_kv_mixed_format & to, void * dst, int64_t n, int64_t n_rot);
+    // mean: n of F16 that are subtracted after that, null: none
+    void (*quantize_row)(const llama_kv_mixed_format & from, const void * src, const llama_kv_mixed_format & to, void * dst, int64_t n, int64_t n_rot, const void * mean);
+
+    // the mean of rows, as quantize_row() wants it; src: row 0, nb bytes from one to the next
+    void (*mean_rows)(const llama_kv_mixed_format & from, const void * src, size_t nb, const int32_t * rows, int64_t n_rows, int64_t n, int64_t n_rot, void * mean);
 
     // a task of attention, [0, n_task); task_next: what the calling thread will probably do then, n_task: nothing
     // scratch: n_scratch() floats of that thread, before its first task reset by llama_kv_mixed_attn_run(); partial: n_partials() floats

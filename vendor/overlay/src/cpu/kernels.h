@@ -11,7 +11,7 @@
 namespace {
 
 constexpr llama_kv_mixed_isa make_isa(const char * name) {
-    return { name, formats, sizeof(formats)/sizeof(formats[0]), quantize_row, attn_task, attn_merge };
+    return { name, formats, sizeof(formats)/sizeof(formats[0]), quantize_row, mean_rows, attn_task, attn_merge };
 }
 
 } // namespace

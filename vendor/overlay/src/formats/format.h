@@ -16,6 +16,10 @@
 // cells that are worked on together
 #define LLAMA_KV_MIXED_TILE 128
 
+// Cells of a page, aligned: where K is quantised, rows of K are stored less their page's mean, [n_embd] of F16 for each KV head
+// (in the rotated basis). The page's first rows make it, see cache/means.h. A page is a tile of the kernels.
+#define LLAMA_KV_MIXED_PAGE LLAMA_KV_MIXED_TILE
+
 // values that the kernels work on together: a format's functions take whole blocks of so many
 #define LLAMA_KV_MIXED_BLOCK 32
 

@@ -45,3 +45,28 @@ void llama_kv_mixed_expand_row(const llama_kv_mixed_format & format, const void 
         ggml_get_type_traits(format.type)->to_float(src, dst, n);
     }
 }
+
+// the fast Walsh-Hadamard transform in blocks of n values, orthonormal and its own inverse
+static void rotate(float * x, int64_t size, int64_t n) {
+    for (int64_t h = 1; h < n; h *= 2) {
+        for (int64_t i = 0; i < size; ++i) {
+            if ((i & h) == 0) {
+                const float a = x[i]    *0.70710678f;
+                const float b = x[i + h]*0.70710678f;
+
+                x[i]     = a + b;
+                x[i + h] = a - b;
+            }
+        }
+    }
+}
+
+void llama_kv_mixed_restore_row(const llama_kv_mixed_format & format, const void * src, const void * mean, int64_t n, int64_t n_rot, float * dst) {
+    llama_kv_mixed_expand_row(format, src, n, dst);
+
+    for (int64_t i = 0; mean && i < n; ++i) {
+        dst[i] += ggml_fp16_to_fp32(((const ggml_fp16_t *) mean)[i]);
+    }
+
+    rotate(dst, n, n_rot);
+}

@@ -25,3 +25,7 @@ bool llama_kv_mixed_can_quantize(const llama_kv_mixed_format & from, const llama
 
 // a row of n values as floats, by ggml
 void llama_kv_mixed_expand_row(const llama_kv_mixed_format & format, const void * src, int64_t n, float * dst);
+
+// a cold row as it was when it was hot, but for what quantisation took away: mean is added, n of F16 (null: none), then what was
+// rotated in blocks of n_rot values (0: nothing) is rotated back
+void llama_kv_mixed_restore_row(const llama_kv_mixed_format & format, const void * src, const void * mean, int64_t n, int64_t n_rot, float * dst);

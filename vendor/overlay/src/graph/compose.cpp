@@ -57,8 +57,9 @@ static const llm_graph_input_kv_mixed_rot * get_input_rot(const llm_graph_contex
     return (const llm_graph_input_kv_mixed_rot *) gctx.res->add_input(std::move(inp));
 }
 
-// cold rows in the type of the hot ones, followed by the hot ones, which are rotated by rot if there is one
-static ggml_tensor * build_join(ggml_context * ctx, ggml_tensor * cold, ggml_tensor * hot, ggml_tensor * rot) {
+// cold rows in the type of the hot ones, with their means if there are any, followed by the hot ones, which are rotated by rot
+// if there is one
+static ggml_tensor * build_join(ggml_context * ctx, ggml_tensor * cold, ggml_tensor * means, ggml_tensor * hot, ggml_tensor * rot) {
     if (rot) {
         ggml_tensor * cur = llama_mul_mat_hadamard(ctx, ggml_cast(ctx, hot, GGML_TYPE_F32), rot);
 
@@ -68,6 +69,13 @@ static ggml_tensor * build_join(ggml_context * ctx, ggml_tensor * cold, ggml_ten
     // backends expand quantised rows to f32 only
     if (ggml_is_quantized(cold->type)) {
         cold = ggml_cast(ctx, cold, GGML_TYPE_F32);
+    }
+
+    if (means) {
+        ggml_tensor * flat = ggml_reshape_3d(ctx, cold, cold->ne[0]*cold->ne[1], cold->ne[2], cold->ne[3]);
+
+        flat = llama_kv_mixed_add_means(ctx, flat, means);
+        cold = ggml_reshape_4d(ctx, flat, cold->ne[0], cold->ne[1], cold->ne[2], cold->ne[3]);
     }
 
     if (cold->type != hot->type) {
@@ -85,24 +93,28 @@ struct layer_rows {
     int64_t n_embd; // of a head
     int64_t n_head;
     int64_t n_rot;
+
+    bool has_mean;
 };
 
 // the first operation that a device does not have of those that put rows into cold and those of build_join()
 // empty: it has them all
 static std::string find_missing(ggml_backend_dev_t dev, const layer_rows & r) {
-    ggml_context_ptr ctx_ptr(ggml_init({ /*.mem_size =*/ 32*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+    ggml_context_ptr ctx_ptr(ggml_init({ /*.mem_size =*/ 64*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
     ggml_context * ctx = ctx_ptr.get();
 
-    const int64_t n_cells = 256;
+    const int64_t n_cells = 2*LLAMA_KV_MIXED_PAGE;
 
     ggml_tensor * cold = ggml_new_tensor_4d(ctx, r.type_cold, r.n_embd, r.n_head, n_cells, 1);
     ggml_tensor * hot  = ggml_new_tensor_4d(ctx, r.type_hot,  r.n_embd, r.n_head, n_cells, 1);
     ggml_tensor * rot  = r.n_rot > 0 ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, r.n_rot, r.n_rot) : nullptr;
 
+    ggml_tensor * mean = r.has_mean ? ggml_new_tensor_3d(ctx, GGML_TYPE_F16, r.n_embd*r.n_head, 2, 1) : nullptr;
+
     ggml_set_rows(ctx, ggml_reshape_2d(ctx, cold, r.n_embd*r.n_head, n_cells),
         ggml_new_tensor_2d(ctx, GGML_TYPE_F32, r.n_embd*r.n_head, 1), ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1));
 
-    build_join(ctx, cold, hot, rot);
+    build_join(ctx, cold, mean, hot, rot);
 
     for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
         if (t->op != GGML_OP_NONE && !ggml_backend_dev_supports_op(dev, t)) {
@@ -122,6 +134,7 @@ static std::string find_possible(ggml_backend_dev_t dev, layer_rows k, layer_row
 
         for (layer_rows * r : { &k, &v }) {
             r->type_cold = cold->type;
+            r->has_mean  = r->has_mean && ggml_is_quantized(cold->type);
             r->n_rot     = ggml_is_quantized(cold->type) && r->n_embd % 64 == 0 ? 64 : 0; // where upstream rotates
 
             possible = possible && r->n_embd % ggml_blck_size(cold->type) == 0 && find_missing(dev, *r).empty();
@@ -153,8 +166,8 @@ std::string llama_kv_mixed_compose_reason(const llama_kv_mixed_attn_layer & laye
 
     const int64_t n_head_kv = layer.hparams.n_head_kv(layer.il);
 
-    const layer_rows k = { k_cold->type, k_hot->type, layer.hparams.n_embd_head_k(layer.il), n_head_kv, layer.kv.get_n_rot_k() };
-    const layer_rows v = { v_cold->type, v_hot->type, layer.hparams.n_embd_head_v(layer.il), n_head_kv, layer.kv.get_n_rot_v() };
+    const layer_rows k = { k_cold->type, k_hot->type, layer.hparams.n_embd_head_k(layer.il), n_head_kv, layer.kv.get_n_rot_k(), layer.kv.get_means() != nullptr };
+    const layer_rows v = { v_cold->type, v_hot->type, layer.hparams.n_embd_head_v(layer.il), n_head_kv, layer.kv.get_n_rot_v(), false };
 
     std::string missing = find_missing(dev, k);
     if (missing.empty()) {
@@ -189,8 +202,8 @@ ggml_tensor * llama_kv_mixed_compose_build(const llm_graph_context & gctx, const
             q = llama_mul_mat_hadamard(ctx, q, rot->k_rot);
         }
 
-        k = build_join(ctx, mctx.get_k_cold(ctx, in.il), k, rot->k_rot);
-        v = build_join(ctx, mctx.get_v_cold(ctx, in.il), v, rot->v_rot);
+        k = build_join(ctx, mctx.get_k_cold(ctx, in.il), mctx.get_k_mean(ctx, in.il), k, rot->k_rot);
+        v = build_join(ctx, mctx.get_v_cold(ctx, in.il), nullptr, v, rot->v_rot);
     }
 
     ggml_tensor * cur = gctx.build_attn_mha(q, k, v, in.kq_b, in.kq_mask, in.sinks, nullptr, 0, in.kq_scale, in.il);

@@ -59,7 +59,8 @@ ggml_tensor * llama_kv_mixed_fused_build(const llm_graph_context & gctx, const l
     auto * inp = (llm_graph_input_kv_mixed_nodes *) gctx.res->add_input(std::make_unique<llm_graph_input_kv_mixed_nodes>());
 
     ggml_tensor * cur = inp->nodes.build(gctx.ctx0, {
-            in.q, in.k, in.v, mctx.get_k_cold(gctx.ctx0, in.il), mctx.get_v_cold(gctx.ctx0, in.il), in.kq_mask, in.sinks,
+            in.q, in.k, in.v, mctx.get_k_cold(gctx.ctx0, in.il), mctx.get_v_cold(gctx.ctx0, in.il),
+            mctx.get_k_mean(gctx.ctx0, in.il), in.kq_mask, in.sinks,
             mctx.get_kv()->get_n_rot_k(), mctx.get_kv()->get_n_rot_v(),
         }, in.kq_scale, hparams.f_max_alibi_bias, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f,
         get_n_threads(gctx.cparams));

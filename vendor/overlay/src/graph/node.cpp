@@ -35,6 +35,7 @@ ggml_tensor * llama_kv_mixed_attn_nodes::build(
 
     n.isa       = llama_kv_mixed_get_isa();
     n.has_cold  = inputs.k_cold != nullptr;
+    n.has_mean  = inputs.k_mean != nullptr;
     n.has_sinks = inputs.sinks  != nullptr;
     n.n_slot    = std::max(n_threads, 1);
 
@@ -63,11 +64,14 @@ ggml_tensor * llama_kv_mixed_attn_nodes::build(
 
     n.plan = llama_kv_mixed_attn_make_plan(a);
 
-    ggml_tensor * args[SRC_OTHER + 3] = { q, inputs.k_hot, inputs.v_hot, inputs.mask };
+    ggml_tensor * args[SRC_OTHER + 4] = { q, inputs.k_hot, inputs.v_hot, inputs.mask };
     int n_args = SRC_OTHER;
     if (n.has_cold) {
         args[n_args++] = inputs.k_cold;
         args[n_args++] = inputs.v_cold;
+    }
+    if (n.has_mean) {
+        args[n_args++] = inputs.k_mean;
     }
     if (n.has_sinks) {
         args[n_args++] = inputs.sinks;
@@ -130,8 +134,16 @@ void llama_kv_mixed_attn_nodes::compute(ggml_tensor * dst, int ith, int nth, voi
     a.nb_mask[0] = mask->nb[1];
     a.nb_mask[1] = mask->nb[3];
 
+    if (n.has_mean) {
+        const ggml_tensor * mean = dst->src[SRC_OTHER + 2*n.has_cold];
+        a.k_mean       = mean->data;
+        a.nb_k_mean[0] = a.n_embd_k*mean->nb[0];
+        a.nb_k_mean[1] = mean->nb[1];
+        a.nb_k_mean[2] = mean->nb[2];
+    }
+
     if (n.has_sinks) {
-        a.sinks = (const float *) dst->src[SRC_OTHER + 2*n.has_cold]->data;
+        a.sinks = (const float *) dst->src[SRC_OTHER + 2*n.has_cold + n.has_mean]->data;
     }
 
     a.dst = (float *) dst->data;

@@ -18,6 +18,7 @@ struct llama_kv_mixed_node_inputs {
     ggml_tensor * v_hot;  // [n_embd_v, n_head_kv, n_hot, n_stream]
     ggml_tensor * k_cold; // null: nothing is cold
     ggml_tensor * v_cold;
+    ggml_tensor * k_mean; // [n_embd_k*n_head_kv, n_page, n_stream], see llama_kv_mixed_attn_args; null: none
     ggml_tensor * mask;   // [n_cold + n_hot, n_tokens/n_stream, 1, n_stream]
     ggml_tensor * sinks;  // null: none
 
@@ -45,6 +46,7 @@ private:
         llama_kv_mixed_attn_plan plan;
 
         bool has_cold;
+        bool has_mean;
         bool has_sinks;
 
         int n_slot;                    // threads that there is scratch memory for
