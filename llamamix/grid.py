@@ -11,6 +11,9 @@ from . import markdown
 if TYPE_CHECKING:
     from rich.table import Table
 
+_GAP = 2  # columns between columns
+_NAME_MIN = 10
+
 #: heading, aligned to the right, cells
 Column = tuple[str, bool, Sequence[str]]
 
@@ -34,8 +37,11 @@ class Grid:
         """Caption and table."""
         return f"{self.caption}\n\n{markdown.table(self.columns, self.rows, self.right)}"
 
-    def rich(self) -> Table:
-        """Caption and table for a rich console."""
+    def rich(self, width: int | None = None) -> Table:
+        """Caption and table for a rich console of so many columns.
+
+        Where numbers have room beside a name that is folded they are not folded too.
+        """
         from rich import box
         from rich.table import Table
         from rich.text import Text
@@ -43,8 +49,15 @@ class Grid:
         table = Table(
             title=Text(self.caption), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
         )
-        for column, right in zip(self.columns, self.right, strict=True):
-            table.add_column(Text(column), justify="right" if right else "left", overflow="fold")
+        widths = [max(map(len, (column, *cells))) for column, *cells in zip(self.columns, *self.rows, strict=True)]
+        needed = sum(n + _GAP if right else _NAME_MIN for n, right in zip(widths, self.right, strict=True))
+        for column, right, n in zip(self.columns, self.right, widths, strict=True):
+            table.add_column(
+                Text(column),
+                justify="right" if right else "left",
+                overflow="fold",
+                min_width=n if right and width is not None and needed <= width else None,
+            )
         for row in self.rows:
             table.add_row(*map(Text, row))
         return table

@@ -23,7 +23,7 @@ def render(records: Sequence[Record], form: str) -> str:
 
 
 def show(grids: Sequence[Grid], form: str | None) -> None:
-    """Tables for people: on stdout, in Markdown when that was asked for or stdout is no terminal; on stderr beside records.
+    """Tables for people on stdout, in Markdown when that was asked for or stdout is no terminal; on stderr beside records.
 
     form  one of FORMS, None: none was asked for
     """
@@ -34,7 +34,7 @@ def show(grids: Sequence[Grid], form: str | None) -> None:
         return
     console = Console(stderr=form is not None)
     for grid in grids:
-        console.print(grid.rich())
+        console.print(grid.rich(console.width))
 
 
 def _md(records: Sequence[Record]) -> str:
