@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ModelError
 from .params import PAGE, KVMixedParams
 
+if TYPE_CHECKING:
+    from .model import Model
+
 _PAD = 256  # a context is a multiple of this, and so is the cache of sliding windows
 _LOAD_MODE_NONE = 0
-_N_UBATCH = 512  # the default: what that cache holds beyond a window
+N_UBATCH = 512  # libllama's default: what that cache holds beyond a window
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,13 @@ class ModelShape:
             layers, n_swa = _loaded_layers(path) or (layers, 0)
         return cls(arch, n_ctx_train, n_layer, n_head_max, layers, n_swa)
 
+    @classmethod
+    def from_model(cls, model: Model) -> ModelShape:
+        """Ask a model that is loaded, which takes no time."""
+        pointer = model.handle().pointer
+        arch = model.metadata.get("general.architecture", "")
+        return cls(arch, model.n_ctx_train, model.n_layer, model.n_head, *_layers_of(pointer))
+
     @property
     def n_head_kv_max(self) -> int:
         return max((layer.n_head_kv for layer in self.layers), default=0)
@@ -120,14 +130,14 @@ class ModelShape:
         """
         return sum(layer.bytes_per_token(type_k, type_v or type_k) for layer in self.layers if not layer.is_swa)
 
-    def swa_bytes(self, n_ctx: int, type_k: str, type_v: str | None = None) -> int:
-        """Bytes of the cache of sliding windows, a small one (swa_full=False)."""
-        n_cells = min(n_ctx, -(-(self.n_swa + _N_UBATCH) // _PAD) * _PAD)
+    def swa_bytes(self, n_ctx: int, type_k: str, type_v: str | None = None, n_ubatch: int = N_UBATCH) -> int:
+        """Bytes of the cache of sliding windows, a small one (swa_full=False), which has room for a ubatch as well."""
+        n_cells = min(n_ctx, -(-(self.n_swa + n_ubatch) // _PAD) * _PAD)
         return n_cells * sum(layer.bytes_per_token(type_k, type_v or type_k) for layer in self.layers if layer.is_swa)
 
-    def kv_bytes(self, n_ctx: int, type_k: str, type_v: str | None = None) -> int:
+    def kv_bytes(self, n_ctx: int, type_k: str, type_v: str | None = None, n_ubatch: int = N_UBATCH) -> int:
         """Bytes of a plain KV cache."""
-        return n_ctx * self.kv_bytes_per_token(type_k, type_v) + self.swa_bytes(n_ctx, type_k, type_v)
+        return n_ctx * self.kv_bytes_per_token(type_k, type_v) + self.swa_bytes(n_ctx, type_k, type_v, n_ubatch)
 
 
 def kv_bytes(shape: ModelShape, n_ctx: int, params: KVMixedParams) -> int:
@@ -141,7 +151,7 @@ def kv_bytes(shape: ModelShape, n_ctx: int, params: KVMixedParams) -> int:
 
 def _loaded_layers(path: Path) -> tuple[tuple[LayerShape, ...], int] | None:
     """What libllama says of the layers, and the size of their windows; None when it does not load the file."""
-    from ._ffi import error_lines, ffi, lib, sized
+    from ._ffi import error_lines, ffi, lib
     from .model import _path_bytes
 
     c_params = lib.llama_model_default_params()
@@ -152,15 +162,22 @@ def _loaded_layers(path: Path) -> tuple[tuple[LayerShape, ...], int] | None:
     if model == ffi.NULL:
         return None
     try:
-        layers = []
-        for i in range(lib.llama_model_n_layer(model)):
-            c_layer = sized("struct llama_kv_mixed_layer *")
-            if lib.llama_kv_mixed_get_layer(model, i, c_layer) == 0 and c_layer.n_head_kv > 0:
-                sizes = int(c_layer.n_embd_head_k), int(c_layer.n_embd_head_v)
-                layers.append(LayerShape(int(c_layer.n_head_kv), *sizes, bool(c_layer.is_swa)))
-        return tuple(layers), int(lib.llama_model_n_swa(model))
+        return _layers_of(model)
     finally:
         lib.llama_model_free(model)
+
+
+def _layers_of(model: Any) -> tuple[tuple[LayerShape, ...], int]:
+    """The layers of a ``struct llama_model`` that keep K and V, and the size of their windows."""
+    from ._ffi import lib, sized
+
+    layers = []
+    for i in range(lib.llama_model_n_layer(model)):
+        c_layer = sized("struct llama_kv_mixed_layer *")
+        if lib.llama_kv_mixed_get_layer(model, i, c_layer) == 0 and c_layer.n_head_kv > 0:
+            sizes = int(c_layer.n_embd_head_k), int(c_layer.n_embd_head_v)
+            layers.append(LayerShape(int(c_layer.n_head_kv), *sizes, bool(c_layer.is_swa)))
+    return tuple(layers), int(lib.llama_model_n_swa(model))
 
 
 def _row_bytes(kv_type: str, n_elements: int) -> int:

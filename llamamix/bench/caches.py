@@ -9,9 +9,27 @@ import numpy as np
 from ..context import Context
 from ..errors import ContextError
 from ..model import Model
+from ..params import KVMixedParams
+from ..shape import ModelShape, kv_bytes
 from .configurations import Configuration
 from .plan import BenchTest
 from .records import BenchError
+
+
+def cache_bytes(context: Context, shape: ModelShape, configuration: Configuration) -> int:
+    """Bytes of a context's KV cache, all layers and all parts; recurrent states, which are no K and V, do not count."""
+    stats = context.stats
+    if stats is None:
+        return shape.kv_bytes(context.n_ctx, configuration.type_k, configuration.type_v, context.n_ubatch)
+    swa = shape.swa_bytes(context.n_ctx, stats.type_hot_k, stats.type_hot_v, context.n_ubatch)
+    return stats.bytes_total + swa
+
+
+def plan_bytes(shape: ModelShape, configuration: Configuration, n_ctx: int) -> int:
+    """The bytes that it is going to have, about."""
+    if configuration.kv_mixed is None:
+        return shape.kv_bytes(n_ctx, configuration.type_k, configuration.type_v)
+    return kv_bytes(shape, n_ctx, KVMixedParams.parse(configuration.kv_mixed))
 
 
 class DepthCache:

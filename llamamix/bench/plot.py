@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from .. import drawing
 from .records import BenchError, Row
 from .summary import Summary
 
@@ -14,10 +15,7 @@ _MIB = 1 << 20
 
 def check_matplotlib() -> None:
     """Raise BenchError when there is none."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise BenchError("A plot needs matplotlib; pip install 'llamamix[plot]' adds it.") from None
+    drawing.check_matplotlib(BenchError)
 
 
 def plot(summaries: Sequence[Summary], path: str | os.PathLike[str]) -> None:
@@ -57,10 +55,7 @@ def plot(summaries: Sequence[Summary], path: str | os.PathLike[str]) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     over_memory.set_xlim(left=0)
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:  # the ending is no format
-        raise BenchError(f"{path} can not be drawn: {error}.") from None
+    drawing.save(figure, path, BenchError)
 
 
 def _lines(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
+from .. import rows
 from ..errors import LlamamixError
 from .plan import name_of_test
 
@@ -89,59 +87,13 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
 
     Raises BenchError, which names the line, when the file is no recording or is damaged, and OSError.
     """
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows.append(row_from_json(line.decode("utf-8")))
-            except ValueError as error:
-                what = "is damaged" if rows else "is no recorded benchmark"
-                raise BenchError(f"{path}, line {number}: the file {what} ({error}).") from None
-    if not rows:
-        raise BenchError(f"{path} has no measurements.")
-    return rows
+    return rows.read_rows(path, _read, "recorded benchmark", "measurements", BenchError)
 
 
-def row_from_json(line: str) -> Row:
-    """A row from a line that has its fields, and perhaps others. Raises ValueError."""
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError("this is not JSON") from None
-    if not isinstance(data, dict):
-        raise ValueError("this is no record")
-    row = Row(**{field.name: _value(data, field.name, str(field.type)) for field in fields(Row)})
+def _read(line: str) -> Row:
+    row = rows.row_from_json(Row, line)
     _check_samples(row)
     return row
-
-
-# what a field's annotation allows
-_READERS: Mapping[str, Any] = {
-    "str": lambda value: value if isinstance(value, str) else _fail(),
-    "int": lambda value: value if type(value) is int and -1 <= value < 2**63 else _fail(),
-    "str | None": lambda value: None if value is None else _READERS["str"](value),
-    "int | None": lambda value: None if value is None else _READERS["int"](value),
-    "tuple[int, ...]": lambda value: _tuple(value, "int"),
-    "tuple[tuple[int, ...], ...]": lambda value: _tuple(value, "tuple[int, ...]"),
-    "tuple[int, ...] | None": lambda value: None if value is None else _tuple(value, "int"),
-}
-
-
-def _value(data: Mapping[str, Any], name: str, annotation: str) -> Any:
-    if name not in data:
-        raise ValueError(f"{name} is missing")
-    try:
-        return _READERS[annotation](data[name])
-    except TypeError:
-        raise ValueError(f"{name} must not be {data[name]!r}") from None
-
-
-def _tuple(value: Any, annotation: str) -> tuple[Any, ...]:
-    return tuple(map(_READERS[annotation], value)) if isinstance(value, list) else _fail()
-
-
-def _fail() -> Any:
-    raise TypeError
 
 
 def _check_samples(row: Row) -> None:

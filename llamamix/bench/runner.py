@@ -16,10 +16,10 @@ import numpy as np
 from ..context import Context
 from ..errors import ContextError, ModelError, ParamsError
 from ..model import Model
-from ..params import FLASH_ATTN, KVMixedParams
-from ..shape import ModelShape, kv_bytes
+from ..params import FLASH_ATTN
+from ..shape import ModelShape
 from . import machine
-from .caches import DepthCache
+from .caches import DepthCache, cache_bytes, plan_bytes
 from .configurations import Configuration
 from .plan import BenchTest, Plan, order
 from .records import Row
@@ -77,7 +77,7 @@ class Runner:
     emit    gets the rows of a test when it is done, or what there is of it when it is interrupted
     clock   nanoseconds
 
-    Raises what Model and Context raise, and ModelError when the file does not tell the cache's size.
+    Raises what Model and Context raise.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Runner:
         from .. import __version__
 
         self._model = model
-        self._shape = ModelShape.from_gguf(model.path)
+        self._shape = ModelShape.from_model(model)
         self._plan = plan
         self._tokens = tokens
         self._emit = emit
@@ -161,7 +161,7 @@ class Runner:
 
     def _has_room(self, configuration: Configuration, n_ctx: int) -> bool:
         available = machine.memory_available()
-        n_bytes = self._kv_bytes(configuration, self._shape.n_ctx_padded(n_ctx))
+        n_bytes = plan_bytes(self._shape, configuration, self._shape.n_ctx_padded(n_ctx))
         return available is None or 2 * n_bytes + _COMPUTE_BYTES <= available  # the cache and its state
 
     def _save_memory(self, caches: Sequence[DepthCache]) -> None:
@@ -169,11 +169,6 @@ class Runner:
         for cache in caches:
             cache.park()
         self._progress.note("Memory is short: one cache is kept at a time, and the states of the others.")
-
-    def _kv_bytes(self, configuration: Configuration, n_ctx: int) -> int:
-        if configuration.kv_mixed is not None:
-            return kv_bytes(self._shape, n_ctx, KVMixedParams.parse(configuration.kv_mixed))
-        return self._shape.kv_bytes(n_ctx, configuration.type_k, configuration.type_v)
 
     #
     # tests
@@ -231,15 +226,11 @@ class Runner:
         return times
 
     def _describe(self, context: Context, configuration: Configuration) -> dict[str, Any]:
-        stats, kv_mixed = context.stats, context.kv_mixed
-        if stats is None:
-            n_bytes = self._kv_bytes(configuration, context.n_ctx)
-        else:
-            n_bytes = stats.bytes_total + self._shape.swa_bytes(context.n_ctx, stats.type_hot_k, stats.type_hot_v)
+        kv_mixed = context.kv_mixed
         return {
             "n_threads": context.n_threads,
             "kv_mixed": kv_mixed.spec() if kv_mixed is not None else None,
-            "kv_bytes": n_bytes,
+            "kv_bytes": cache_bytes(context, self._shape, configuration),
             "n_ctx": context.n_ctx,
         }
 

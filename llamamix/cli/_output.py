@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import markdown
+
+if TYPE_CHECKING:
+    from ..grid import Grid
 
 Record = Mapping[str, Any]
 
@@ -16,6 +20,21 @@ Record = Mapping[str, Any]
 def render(records: Sequence[Record], form: str) -> str:
     """Records that have the same keys as text in one of FORMS."""
     return FORMS[form](records)
+
+
+def show(grids: Sequence[Grid], form: str | None) -> None:
+    """Tables for people on stdout, in Markdown when that was asked for or stdout is no terminal; on stderr beside records.
+
+    form  one of FORMS, None: none was asked for
+    """
+    from rich.console import Console
+
+    if form == "md" or (form is None and not sys.stdout.isatty()):
+        sys.stdout.write("\n".join(grid.markdown() for grid in grids))
+        return
+    console = Console(stderr=form is not None)
+    for grid in grids:
+        console.print(grid.rich(console.width))
 
 
 def _md(records: Sequence[Record]) -> str:

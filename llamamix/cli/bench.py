@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._options import add_command, model_path, start_log
-from ._output import FORMS, render
+from ._output import FORMS, render, show
+from ._progress import bars
 
 if TYPE_CHECKING:
     from ..bench import Plan, Row
-    from ..bench.table import Grid
 
 _N_THREADS_MIN = 1
 
@@ -173,30 +173,20 @@ def _read(file: str) -> str:
 
 @contextlib.contextmanager
 def _progress(n_steps: int) -> Iterator[_Bar]:
-    """A bar on stderr, when that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(
-        *columns,
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-    ) as bars:
-        yield _Bar(bars, bars.add_task("", total=n_steps, completed=-1))
+    with bars(*columns) as progress:
+        yield _Bar(progress, progress.add_task("", total=n_steps, completed=-1))
 
 
 class _Bar:
-    def __init__(self, bars: Any, task: Any) -> None:
-        self._bars = bars
+    def __init__(self, progress: Any, task: Any) -> None:
+        self._progress = progress
         self._task = task
 
     def step(self, what: str) -> None:
-        self._bars.update(self._task, advance=1, description=what)
+        self._progress.update(self._task, advance=1, description=what)
 
     def note(self, text: str) -> None:
         print(f"llamamix: {text}", file=sys.stderr)
@@ -270,17 +260,6 @@ class _Output:
         grids = [results_grid(summaries)]
         if args.fit and (lines := fits(self._rows)):
             grids.append(fit_grid(lines))
-        self._show(grids)
+        show(grids, args.output)
         if args.plot and (complete or any(row.n_gen > 0 for row in self._rows)):
             plot(summaries, args.plot)
-
-    def _show(self, grids: Sequence[Grid]) -> None:
-        from rich.console import Console
-
-        args = self._args
-        if args.output == "md" or (args.output is None and not sys.stdout.isatty()):
-            sys.stdout.write("\n".join(grid.markdown() for grid in grids))
-            return
-        console = Console(stderr=args.output is not None)
-        for grid in grids:
-            console.print(grid.rich())

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from .. import drawing
 from .events import Event, EventKind
 from .recording import End, Header, Progress, TraceError
 from .summary import Summary, printable
@@ -13,10 +14,7 @@ from .summary import Summary, printable
 
 def check_matplotlib() -> None:
     """Raise TraceError when there is none."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise TraceError("A plot needs matplotlib; pip install 'llamamix[plot]' adds it.") from None
+    drawing.check_matplotlib(TraceError)
 
 
 def plot(header: Header, records: Iterable[Event | Progress | End], path: str | os.PathLike[str]) -> None:
@@ -46,10 +44,7 @@ def plot(header: Header, records: Iterable[Event | Progress | End], path: str | 
     if has_error:
         _draw_error(axes[2], [event for event in migrations if event.rmse_k is not None])
     axes[-1].set_xlabel("seconds")
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:  # the ending is no format
-        raise TraceError(f"{path} can not be drawn: {error}.") from None
+    drawing.save(figure, path, TraceError)
 
 
 def _draw_use(axis: Any, summary: Summary, use: list[tuple[float, int, int]], migrations: list[Event]) -> None:

@@ -560,6 +560,21 @@ def test_info(family: str, models: dict[str, Model], make: Callable, capsys: pyt
     assert (rest > 0) == (family != "hybrid")
 
 
+@pytest.mark.parametrize("family", ("iswa", "shared"))
+@pytest.mark.parametrize("n_ubatch", (64, 256))
+def test_bytes_in_a_benchmark(
+    family: str, n_ubatch: int, models: dict[str, Model], make: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    """The cache of sliding windows is as large as a ubatch makes it."""
+    flags = ["-p", "8", "-n", "0", "-d", "1024", "-r", "1", "-t", "1", "-ctk", "f16", "--kv-mixed", "hot=256"]
+    assert main(["bench", "-m", str(models[family].path), *flags, "-ub", str(n_ubatch), "-o", "json"]) == 0
+    plain, mixed = json.loads(capsys.readouterr().out)
+    params = {"type_k": "f16", "type_v": "f16", "flash_attn": "on", "n_ctx": 1032, "n_ubatch": n_ubatch}
+    stats = make(family, "hot=256", **params).stats
+    assert plain["kv_bytes"] == stats.bytes_plain + stats.bytes_rest
+    assert mixed["kv_bytes"] == stats.bytes_total + stats.bytes_rest
+
+
 def test_the_cache_of_a_context(make: Callable) -> None:
     context = make("iswa")
     context.decode(TOKENS[:300])

@@ -1,0 +1,82 @@
+"""Tables of results for people: Markdown, or rich on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from . import markdown
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_GAP = 2  # columns between columns
+_NAME_MIN = 10
+
+#: heading, aligned to the right, cells
+Column = tuple[str, bool, Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table of text.
+
+    caption  what all rows have in common
+    columns  headings
+    right    for each column whether it is aligned to the right
+    rows     cells, as many as columns
+    """
+
+    caption: str
+    columns: tuple[str, ...]
+    right: tuple[bool, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """Caption and table."""
+        return f"{self.caption}\n\n{markdown.table(self.columns, self.rows, self.right)}"
+
+    def rich(self, width: int | None = None) -> Table:
+        """Caption and table for a rich console of so many columns.
+
+        Where numbers have room beside a name that is folded they are not folded too.
+        """
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(
+            title=Text(self.caption), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        )
+        widths = [max(map(len, (column, *cells))) for column, *cells in zip(self.columns, *self.rows, strict=True)]
+        needed = sum(n + _GAP if right else _NAME_MIN for n, right in zip(widths, self.right, strict=True))
+        for column, right, n in zip(self.columns, self.right, widths, strict=True):
+            table.add_column(
+                Text(column),
+                justify="right" if right else "left",
+                overflow="fold",
+                min_width=n if right and width is not None and needed <= width else None,
+            )
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+
+def grid(caption: str, columns: Sequence[Column]) -> Grid:
+    """A table; columns that no row has something for are left out, and so is what would control a terminal."""
+    kept = [column for column in columns if any(column[2])]
+    names, right, cells = zip(*kept, strict=True)
+    return Grid(
+        printable(caption), names, right, tuple(tuple(map(printable, row)) for row in zip(*cells, strict=True))
+    )
+
+
+def size(n_bytes: int) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{n_bytes / 2**20:.2f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.2f} GiB"
+
+
+def printable(text: str) -> str:
+    """Without what would control a terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
