@@ -33,6 +33,7 @@
 // in a plain cache, and the attention over both rotates what meets cold rows
 
 class llama_kv_mixed_overflow;
+class state_reader;
 
 class llama_kv_cache_mixed : public llama_kv_cache {
 public:
@@ -367,7 +368,7 @@ private:
     bool shift(llama_context * lctx, const std::vector<llama_kv_cache *> & kvs);
 
     //
-    // state, see state.cpp
+    // state, see state.cpp and state-place.cpp
     //
 
     struct state_cell;
@@ -391,16 +392,14 @@ private:
     state_places state_find_pages(const state_stream & stream, uint32_t strm) const;
 
     // put cells in place, those of hot and of cold, and read their rows
-    template <typename R>
-    void state_apply(R & in, const state_tier * tiers, llama_seq_id seq_id, bool on_device);
+    void state_apply(state_reader & in, const state_tier * tiers, llama_seq_id seq_id, bool on_device);
 
     // cells of cold for those that have no place; slots get them as well
     llama_kv_mixed_moves state_place_staged(const state_tier * tiers, const std::vector<state_places> & places, uint32_t s0, std::vector<slot_info> & slots);
 
     // overflow: where the rows of those are put as hot ones, null: there are none
-    template <typename R>
     void state_read_rows(
-            R & in, const state_tier * tiers, const std::vector<state_places> & places, uint32_t s0, llama_kv_mixed_overflow * overflow, bool on_device);
+            state_reader & in, const state_tier * tiers, const std::vector<state_places> & places, uint32_t s0, llama_kv_mixed_overflow * overflow, bool on_device);
 
     // what was there before the state that is being read, see undo.h
     class undo;
