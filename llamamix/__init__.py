@@ -31,6 +31,7 @@ _MODULES = {
     ),
     "model": ("Model",),
     "params": ("ContextParams", "KVMixedParams", "ModelParams", "SamplingParams"),
+    "presets": ("PRESETS",),
     "sbatch": ("SBatch", "UBatch"),
     "stats": ("CacheStats", "PerfData"),
     "tier": ("Cell", "Tier"),
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from .params import KVMixedParams as KVMixedParams
     from .params import ModelParams as ModelParams
     from .params import SamplingParams as SamplingParams
+    from .presets import PRESETS as PRESETS
     from .sbatch import SBatch as SBatch
     from .sbatch import UBatch as UBatch
     from .stats import CacheStats as CacheStats

@@ -37,6 +37,7 @@ _STRUCTS = (
     "llama_kv_mixed_stats",
     "llama_kv_mixed_event",
     "llama_kv_mixed_format_info",
+    "llama_kv_mixed_preset",
     "llama_kv_mixed_layer",
     "llama_kv_mixed_layer_error",
     "llama_kv_mixed_shape",

@@ -167,7 +167,10 @@ class KVMixedParams:
 
     @classmethod
     def parse(cls, spec: str) -> KVMixedParams:
-        """Read a text such as ``"hot=512,cold=q4_0"`` (``"1"``: the defaults), by the grammar of LLAMA_KV_MIXED.
+        """Read a text such as ``"hot=512,cold=q4_0"`` by the grammar of LLAMA_KV_MIXED.
+
+        It may begin with the name of a preset (see ``llamamix.PRESETS``; ``"1"`` and ``"on"`` are the defaults), whose
+        parameters the rest changes: ``"quality,hot=1024"``.
 
         Raises ParamsError with the library's sentence.
         """
@@ -220,10 +223,10 @@ class KVMixedParams:
 
 
 def resolve_kv_mixed(value: KVMixedParams | bool | str) -> KVMixedParams | None:
-    """What ``kv_mixed`` asks for: True the defaults, a text by its grammar, False (or "off") a plain cache, as None."""
+    """What ``kv_mixed`` asks for: True the defaults, a text by its grammar, False ("off", "0") a plain cache, as None."""
     if value is True:
         return KVMixedParams()
-    if value is False or value == "off":
+    if value is False or value in ("off", "0"):
         return None
     if isinstance(value, str):
         return KVMixedParams.parse(value)

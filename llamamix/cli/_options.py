@@ -23,8 +23,8 @@ def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
 def add_kv_mixed(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--kv-mixed", metavar="SPEC", default=True,
-        help="the mixed KV cache, e.g. hot=512,cold=q4_0,group=128,threshold=0.8,sink=4; 1: its defaults,"
-        " off: a plain cache (default: 1)",
+        help="the mixed KV cache: a preset (default, quality, memory), parameters such as"
+        " hot=512,cold=q4_0,group=128,threshold=0.8,sink=4, or both: quality,hot=1024; off: a plain cache (default: default)",
     )  # fmt: skip
 
 

@@ -24,7 +24,8 @@ def register(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from ..params import ContextParams, resolve_kv_mixed
+    from ..params import ContextParams, KVMixedParams, resolve_kv_mixed
+    from ..presets import PRESETS
     from ..shape import ModelShape, kv_bytes
 
     ContextParams(n_ctx=args.ctx_size)
@@ -37,9 +38,12 @@ def _run(args: argparse.Namespace) -> None:
         for name in ("f16", "q8_0", "q4_0")
     }
     sizes = dict(plain)
-    if kv_mixed is not None:
-        cold = shape.kv_bytes_per_token(kv_mixed.type_cold_k, kv_mixed.type_cold_v)
-        sizes[f"mixed {kv_mixed.spec()}"] = (cold, kv_bytes(shape, n_ctx, kv_mixed))
+    mixed = {} if kv_mixed is None else {kv_mixed.spec(): kv_mixed}
+    if args.kv_mixed is True:  # nothing was asked for
+        mixed = {name: KVMixedParams.parse(name) for name in PRESETS}
+    for name, params in mixed.items():
+        cold = shape.kv_bytes_per_token(params.type_cold_k, params.type_cold_v)
+        sizes[f"mixed {name}"] = (cold, kv_bytes(shape, n_ctx, params))
     records = [
         {
             "arch": shape.arch,

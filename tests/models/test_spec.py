@@ -41,6 +41,17 @@ GOOD: dict[str, dict[str, Any]] = {
     "threshold=0.25": {"threshold": 0.25},
     "threshold=1e-3": {"threshold": 1e-3},
     "attn=auto": {},
+    "mean=off": {"mean": False},
+    "mean=0": {"mean": False},
+    "mean=on": {},
+    "on": {},
+    "default": {},
+    " default , hot = 64": {"hot": 64},
+    "1,hot=64": {"hot": 64},
+    "quality": {"cold_k": "q5_0", "cold_v": "q4_0"},
+    "quality,cold=q8_0": {"cold": "q8_0"},
+    "quality,cold_v=f16,hot=1024": {"cold_k": "q5_0", "cold_v": "f16", "hot": 1024},
+    "memory": {"hot": 256},
     "attn=fused": {"attn": "fused"},
     " attn = compose ": {"attn": "compose"},
     " hot = 64 , cold = f32,\tgroup=8 ": {"hot": 64, "cold": "f32", "group": 8},
@@ -49,12 +60,17 @@ GOOD: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+NO_PRESET = ", nor a preset (default, quality, memory) at the begin"
+
 BAD = {
-    "hot": "'hot' is not key=value",
-    "hot=": "'hot=' is not key=value",
-    "=5": "'=5' is not key=value",
-    "hot=64,,sink=0": "'' is not key=value",
-    "1,hot=64": "'1' is not key=value",
+    "mean=yes": "mean=yes is not on or off",
+    "hot": f"'hot' is not key=value{NO_PRESET}",
+    "hot=": f"'hot=' is not key=value{NO_PRESET}",
+    "=5": f"'=5' is not key=value{NO_PRESET}",
+    "hot=64,,sink=0": f"'' is not key=value{NO_PRESET}",
+    "hot=64,1": f"'1' is not key=value{NO_PRESET}",
+    "fast": f"'fast' is not key=value{NO_PRESET}",
+    "quality,default": f"'default' is not key=value{NO_PRESET}",
     "hot=0": "hot must be at least 1 cell",
     "hot=-1": "hot=-1 is not a whole number",
     "hot=1e3": "hot=1e3 is not a whole number",
@@ -78,8 +94,8 @@ BAD = {
     "cold_k=q4_K": f"cold_k=q4_K is not a KV cache type ({TYPES})",
     "cold_v=i8": f"cold_v=i8 is not a KV cache type ({TYPES})",
     "hot=64,hot=64": "hot is given twice",
-    "warm=64": "unknown key 'warm' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, attn)",
-    "HOT=64": "unknown key 'HOT' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, attn)",
+    "warm=64": "unknown key 'warm' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, mean, attn)",
+    "HOT=64": "unknown key 'HOT' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, mean, attn)",
 }
 
 
@@ -96,7 +112,7 @@ def test_bad(spec: str) -> None:
 
 
 def test_empty_is_off_in_the_environment_alone() -> None:
-    with pytest.raises(ParamsError, match="the spec is empty, '1' takes the defaults"):
+    with pytest.raises(ParamsError, match="the spec is empty, 'on' takes the defaults"):
         KVMixedParams.parse("")
     with pytest.raises(ParamsError):
         KVMixedParams.parse(" ")

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamamix import (
+    PRESETS,
     Batch,
     Context,
     ContextParams,
@@ -215,6 +216,7 @@ SIZED = {
     "ubatch": "llama_kv_mixed_ubatch",
     "spec": "llama_kv_mixed_params",
     "format": "llama_kv_mixed_format_info",
+    "preset": "llama_kv_mixed_preset",
 }
 
 
@@ -236,6 +238,8 @@ def fill(tiny_model: Model) -> Iterator[Callable[[str, Any], int]]:
                 return lib.llama_kv_mixed_params_parse(b"hot=64,sink=1", struct)
             if name == "format":
                 return lib.llama_kv_mixed_get_format_info(4, struct)
+            if name == "preset":
+                return lib.llama_kv_mixed_get_preset(1, struct)
             if name == "ubatch":
                 with SBatch(batch) as sbatch, sbatch._handle as pointer:
                     n = lib.llama_kv_mixed_sbatch_split(pointer, 0, 3, struct)
@@ -341,3 +345,14 @@ def test_what_tests_need_is_no_part_of_the_interface() -> None:
     for name in own:
         with pytest.raises(LlamamixError, match="no function"):
             getattr(lib, name)
+
+
+def test_presets() -> None:
+    """What the library has is what Python shows, by the same names."""
+    assert list(PRESETS)[0] == "default" and len(PRESETS) >= 3
+    for name, preset in PRESETS.items():
+        assert preset.name == name and preset.what
+        assert KVMixedParams.parse(name) == (KVMixedParams.parse(preset.spec) if preset.spec else KVMixedParams())
+    assert "fast" not in PRESETS and repr(PRESETS).startswith("PRESETS(default, ")
+    sizes = {name: KVMixedParams.parse(name) for name in PRESETS}
+    assert len(set(sizes.values())) == len(sizes)

@@ -66,9 +66,22 @@ struct llama_kv_mixed_stats {
 // hot 512, cold q4_0, group 128, threshold 0.8, sink 4, attn auto, mean 1
 struct llama_kv_mixed_params llama_kv_mixed_default_params(void);
 
-// Reads a spec such as "hot=512,cold=q4_0,group=128,threshold=0.8,sink=4" (or "1" for the defaults) into *params.
+// Reads a spec such as "hot=512,cold=q4_0,group=128,threshold=0.8,sink=4" into *params. It may begin with the name of a preset
+// ("1" and "on" are the defaults), whose parameters the rest changes: "quality,hot=1024".
 // Returns 0; or -1 with the reason in llama_kv_mixed_last_error() and *params untouched.
 int32_t llama_kv_mixed_params_parse(const char * spec, struct llama_kv_mixed_params * params);
+
+// A preset: parameters that have a name.
+struct llama_kv_mixed_preset {
+    size_t struct_size;
+
+    const char * name;
+    const char * what; // what it is good for
+    const char * spec; // its parameters that are not the defaults
+};
+
+// The i-th preset of this library. Returns 0; or -1 when there is none.
+int32_t llama_kv_mixed_get_preset(uint32_t i, struct llama_kv_mixed_preset * preset);
 
 // llama_init_from_model() with a mixed KV cache. params == NULL: without one, whatever LLAMA_KV_MIXED says.
 // Returns NULL on failure, with the reason in llama_kv_mixed_last_error().

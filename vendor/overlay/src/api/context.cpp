@@ -1,6 +1,7 @@
 #include "api/api.h"
 
 #include "cache/kv-cache-mixed.h"
+#include "cache/presets.h"
 #include "formats/formats.h"
 
 #include "llama-model.h"
@@ -36,6 +37,17 @@ LLAMA_API int32_t llama_kv_mixed_params_parse(const char * spec, llama_kv_mixed_
         check_size(params);
 
         copy_out(llama_kv_mixed_parse_spec(spec), params);
+
+        return 0;
+    });
+}
+
+LLAMA_API int32_t llama_kv_mixed_get_preset(uint32_t i, llama_kv_mixed_preset * preset) {
+    return guarded(-1, [&] {
+        const auto * row = llama_kv_mixed_get_preset_row(i);
+        check(row, "there is no such preset");
+
+        copy_out({ sizeof(llama_kv_mixed_preset), row->name, row->what, row->spec }, preset);
 
         return 0;
     });
@@ -199,6 +211,7 @@ LLAMA_API size_t llama_kv_mixed_sizeof(const char * name) {
         SIZE_OF(llama_kv_mixed_layer),
         SIZE_OF(llama_kv_mixed_layer_error),
         SIZE_OF(llama_kv_mixed_params),
+        SIZE_OF(llama_kv_mixed_preset),
         SIZE_OF(llama_kv_mixed_shape),
         SIZE_OF(llama_kv_mixed_stats),
         SIZE_OF(llama_kv_mixed_tier),

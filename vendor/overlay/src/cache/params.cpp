@@ -1,5 +1,6 @@
 #include "cache/params.h"
 
+#include "cache/presets.h"
 #include "formats/formats.h"
 
 #include "llama-impl.h"
@@ -12,6 +13,8 @@
 #include <set>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
+#include <vector>
 
 std::string & llama_kv_mixed_error() {
     static thread_local std::string error;
@@ -83,26 +86,13 @@ static float parse_share(const std::string & key, const std::string & value) {
     return res;
 }
 
-llama_kv_mixed_params llama_kv_mixed_parse_spec(const std::string & spec) {
-    llama_kv_mixed_params res = llama_kv_mixed_default_params();
+// the items of a text, in their order: key and value
+using spec_items = std::vector<std::pair<std::string, std::string>>;
 
-    if (trim(spec) == "1") {
-        return res;
-    }
-
+static void apply(const spec_items & items, llama_kv_mixed_params & res) {
     std::set<std::string> seen;
 
-    std::istringstream is(spec);
-    for (std::string item; std::getline(is, item, ',');) {
-        const auto eq = item.find('=');
-
-        const std::string key   = trim(item.substr(0, eq));
-        const std::string value = eq == std::string::npos ? "" : trim(item.substr(eq + 1));
-
-        if (eq == std::string::npos || key.empty() || value.empty()) {
-            throw std::invalid_argument(format("'%s' is not key=value", trim(item).c_str()));
-        }
-
+    for (const auto & [key, value] : items) {
         if (!seen.insert(key).second) {
             throw std::invalid_argument(format("%s is given twice", key.c_str()));
         }
@@ -126,10 +116,50 @@ llama_kv_mixed_params llama_kv_mixed_parse_spec(const std::string & spec) {
                 "unknown key '%s' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, mean, attn)", key.c_str()));
         }
     }
+}
 
-    if (seen.empty()) {
-        throw std::invalid_argument("the spec is empty, '1' takes the defaults");
+static spec_items split(const std::string & spec) {
+    spec_items res;
+
+    std::istringstream is(spec);
+    for (std::string item; std::getline(is, item, ',');) {
+        const auto eq = item.find('=');
+
+        const std::string key   = trim(item.substr(0, eq));
+        const std::string value = eq == std::string::npos ? "" : trim(item.substr(eq + 1));
+
+        if (eq == std::string::npos || key.empty() || value.empty()) {
+            throw std::invalid_argument(format("'%s' is not key=value, nor a preset (%s) at the begin",
+                trim(item).c_str(), llama_kv_mixed_preset_names().c_str()));
+        }
+
+        res.emplace_back(key, value);
     }
+
+    return res;
+}
+
+llama_kv_mixed_params llama_kv_mixed_parse_spec(const std::string & spec) {
+    const std::string text = trim(spec);
+
+    if (text.empty()) {
+        throw std::invalid_argument("the spec is empty, 'on' takes the defaults");
+    }
+
+    const auto comma = text.find(',');
+
+    const std::string first = trim(text.substr(0, comma));
+    const std::string rest  = comma == std::string::npos ? "" : text.substr(comma + 1);
+
+    const auto * preset = llama_kv_mixed_find_preset(first == "1" || first == "on" ? "default" : first);
+
+    llama_kv_mixed_params res = llama_kv_mixed_default_params();
+
+    if (preset) {
+        apply(split(preset->spec), res);
+    }
+
+    apply(split(preset ? rest : text), res);
 
     llama_kv_mixed_validate(res);
 
@@ -191,7 +221,7 @@ std::optional<llama_kv_mixed_params> llama_kv_mixed_params_requested() {
     const char * LLAMA_KV_MIXED = getenv("LLAMA_KV_MIXED");
 
     const std::string spec = trim(LLAMA_KV_MIXED ? LLAMA_KV_MIXED : "");
-    if (spec.empty() || spec == "0") {
+    if (spec.empty() || spec == "0" || spec == "off") {
         return {};
     }
 
