@@ -5,7 +5,7 @@
 
 #include "formats/float.h"
 #include "formats/int-acc.h"
-#include "formats/int-query.h"
+#include "formats/int-dot.h"
 
 namespace {
 
@@ -17,6 +17,10 @@ struct row_q4_0 {
     static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_i4(row + b*size + 2, i); }
 
     static V_INLINE void load_pairs(const uint8_t * p, size_t nb, vi * res) { v_load_i4_pairs(p, nb, res); }
+
+    struct query;
+    template <int N> struct pair;
+    static constexpr int n_pairs = 2;
 };
 
 //
@@ -60,20 +64,19 @@ void quantize_q4_0(const float * x, int64_t n, uint8_t * dst) {
 }
 
 //
-// K: the query in 8 bits, a lane per cell
+// K: the query in 8 bits
 //
 
-// Two blocks are 36 bytes, nine words: [d0 | 16 bytes | d1 | 16 bytes]. The query is laid out likewise, with zeros where
-// the scales are: words [0, 9) meet the low nibbles, [9, 18) the high ones. Word 4 has the end of the first block and
-// the scale of the second.
-struct query_q4_0 {
-    int32_t word[18];
-    float   d  [2]; // scale of the query's block
-    int32_t sum[2]; // -8 times the sum of its values: nibbles are stored with 8 added
+// Two blocks are 36 bytes, nine words: [d0 | 16 bytes | d1 | 16 bytes]. Word 4 has the end of the first block and the scale
+// of the second.
+struct row_q4_0::query {
+    int32_t word[18]; // [0, 9) meet the low nibbles, [9, 18) the high ones
+    float   d  [2];   // scale of the query's block
+    int32_t sum[2];   // -8 times the sum of its values: nibbles are stored with 8 added
 };
 
 void load_query_q4_0(const float * Q, int64_t n_embd, void * query, int64_t r, int64_t n_rows) {
-    query_q4_0 * dst = (query_q4_0 *) query + r; // pair by pair, n_rows from one to the next
+    auto * dst = (row_q4_0::query *) query + r; // pair by pair, n_rows from one to the next
 
     for (int64_t i = 0; i < n_embd/(2*BLOCK); ++i, dst += n_rows) {
         int8_t byte[2][36] = {};
@@ -86,164 +89,58 @@ void load_query_q4_0(const float * Q, int64_t n_embd, void * query, int64_t r, i
     }
 }
 
-// word w of every cell with that of N queries
-// (sums of their own for low and high nibbles where registers allow it: the additions of one sum wait for each other)
 template <int N>
-V_INLINE void dot_word(va sum[V_DOT_SUMS][N], vi word, const query_q4_0 * Q, int w) {
-    const vi lo = v_nibble_lo(word);
-    const vi hi = v_nibble_hi(word);
-KVM_UNROLL
-    for (int r = 0; r < N; ++r) {
-        sum[0][r] = v_dot(sum[0][r], lo, Q[r].word[w]);
-    }
-KVM_UNROLL
-    for (int r = 0; r < N; ++r) {
-        sum[V_DOT_SUMS - 1][r] = v_dot(sum[V_DOT_SUMS - 1][r], hi, Q[r].word[w + 9]);
-        KVM_KEEP(sum[V_DOT_SUMS - 1][r]);
-    }
-}
-
-// the dot products of one pair of blocks
-template <int N>
-struct pair_sums {
+struct row_q4_0::pair {
+    // of their own for low and high nibbles where registers allow it: the additions of one sum wait for each other
     va s[2][V_DOT_SUMS][N];
+    vf d[2];
 
     V_INLINE void clear() {
 KVM_UNROLL
         for (int r = 0; r < N; ++r) {
 KVM_UNROLL
             for (int i = 0; i < V_DOT_SUMS; ++i) {
-                s[0][i][r] = v_dot_zero();
-                s[1][i][r] = v_dot_zero();
+                s[0][i][r] = s[1][i][r] = v_dot_zero();
             }
         }
     }
 
-    // the first 8 of the 9 words of a pair that begins at x; d0, d1: the scales of its blocks
-    V_INLINE void begin(const uint8_t * x, size_t nb, const query_q4_0 * Q, vf & d0, vf & d1) {
-        vi word[8];
-        v_transpose8(x, nb, word);
-        d0 = v_f16_lo(word[0]);
-        d1 = v_f16_hi(word[4]);
-        clear();
-KVM_UNROLL
-        for (int w = 0; w < 8; ++w) {
-            dot_word<N>(s[w/5], word[w], Q, w);
+    V_INLINE void add(vi word, int w, const query * Q) {
+        if (w == 0) {
+            clear();
+            d[0] = v_f16_lo(word);
+        } else if (w == 4) {
+            d[1] = v_f16_hi(word);
         }
-    }
-
-    V_INLINE void add_to(vf acc[N], vf d0, vf d1, const query_q4_0 * Q) {
+        const vi lo = v_nibble_lo(word);
+        const vi hi = v_nibble_hi(word);
+        auto & sum = s[w/5];
 KVM_UNROLL
         for (int r = 0; r < N; ++r) {
-            const query_q4_0 & q = Q[r];
-            if constexpr (V_DOT_SUMS == 2) {
-                s[0][0][r] = v_dot_add(s[0][0][r], s[0][1][r]);
-                s[1][0][r] = v_dot_add(s[1][0][r], s[1][1][r]);
+            sum[0][r] = v_dot(sum[0][r], lo, Q[r].word[w]);
+        }
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+            sum[V_DOT_SUMS - 1][r] = v_dot(sum[V_DOT_SUMS - 1][r], hi, Q[r].word[w + 9]);
+            KVM_KEEP(sum[V_DOT_SUMS - 1][r]);
+        }
+    }
+
+    V_INLINE void add_to(vf acc[N], const query * Q) const {
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+KVM_UNROLL
+            for (int b = 0; b < 2; ++b) {
+                const va sum = V_DOT_SUMS == 2 ? v_dot_add(s[b][0][r], s[b][1][r]) : s[b][0][r];
+                acc[r] = v_fma(v_dot_sum(sum, Q[r].sum[b]), v_mul(d[b], v_set(Q[r].d[b])), acc[r]);
             }
-            acc[r] = v_fma(v_dot_sum(s[0][0][r], q.sum[0]), v_mul(d0, v_set(q.d[0])), acc[r]);
-            acc[r] = v_fma(v_dot_sum(s[1][0][r], q.sum[1]), v_mul(d1, v_set(q.d[1])), acc[r]);
         }
     }
 };
 
-// Q: pair by pair, n_rows from one to the next
-template <int N>
-void dot_rows_q4_0(const query_q4_0 * Q, int64_t n_rows, int64_t n_pair, const tile & k, float * S) {
-    ahead next(k, n_pair);
-
-    for (int j = 0; j < k.n; j += V_LEN) {
-        vf acc[N];
-KVM_UNROLL
-        for (int r = 0; r < N; ++r) {
-            acc[r] = v_zero();
-        }
-
-        const uint8_t  * x = k.data + j*k.nb;
-        const query_q4_0 * q = Q;
-
-        pair_sums<N> sums;
-        vf d0, d1;
-        vi word[8];
-
-        int64_t i = 0;
-
-        // two pairs: 18 words, the last two as the end of four
-        for (; i + 2 <= n_pair; i += 2, x += 4*row_q4_0::size, q += 2*n_rows) {
-            next.visit(V_LEN/2);
-            sums.begin(x, k.nb, q, d0, d1);
-            next.visit(V_LEN/2);
-
-            v_transpose8(x + 32, k.nb, word);
-            dot_word<N>(sums.s[1], word[0], q, 8);
-            sums.add_to(acc, d0, d1, q);
-
-            sums.clear();
-            d0 = v_f16_lo(word[1]);
-            d1 = v_f16_hi(word[5]);
-KVM_UNROLL
-            for (int w = 0; w < 7; ++w) {
-                dot_word<N>(sums.s[w/5], word[w + 1], q + n_rows, w);
-            }
-            next.visit(V_LEN/2);
-
-            v_transpose4(x + 56, k.nb, word);
-            next.visit(V_LEN/2);
-            dot_word<N>(sums.s[1], word[2], q + n_rows, 7);
-            dot_word<N>(sums.s[1], word[3], q + n_rows, 8);
-            sums.add_to(acc, d0, d1, q + n_rows);
-        }
-
-        if (i < n_pair) {
-            next.visit(V_LEN/2);
-            sums.begin(x, k.nb, q, d0, d1);
-            next.visit(V_LEN/2);
-
-            v_transpose4(x + 20, k.nb, word);
-            dot_word<N>(sums.s[1], word[3], q, 8);
-            sums.add_to(acc, d0, d1, q);
-        }
-
-KVM_UNROLL
-        for (int r = 0; r < N; ++r) {
-            v_store(S + r*TILE + j, acc[r]);
-        }
-    }
-}
-
-template <int N>
-void dot_rows_q4_0_n(int n, const query_q4_0 * Q, int64_t n_rows, int64_t n_pair, const tile & k, float * S) {
-    if (n == N) {
-        dot_rows_q4_0<N>(Q, n_rows, n_pair, k, S);
-    } else if constexpr (N > 1) {
-        dot_rows_q4_0_n<N - 1>(n, Q, n_rows, n_pair, k, S);
-    }
-}
-
-void dot_q4_0(const llama_kv_mixed_dot & a) {
-    if (a.n_embd % (2*BLOCK) != 0) {
-        dot_float<row_q4_0>(a);
-        return;
-    }
-
-    const tile k = whole_vectors(a.k, a.spare);
-
-    const int size = group_size(a.n_rows, V_ROWS_DOT);
-    for (int64_t r = 0; r < a.n_rows; r += size) {
-        const int n = (int) (a.n_rows - r < size ? a.n_rows - r : size);
-        dot_rows_q4_0_n<V_ROWS_DOT>(n, (const query_q4_0 *) a.query + r, a.n_rows, a.n_embd/(2*BLOCK), k, a.S + r*TILE);
-    }
-}
-
-void acc_q4_0(const llama_kv_mixed_acc & a) {
-    if (a.v.n % 4 != 0) {
-        acc_float<row_q4_0>(a);
-    } else {
-        acc_int<row_q4_0>(a);
-    }
-}
-
 constexpr llama_kv_mixed_format format_q4_0 = {
-    "q4_0", GGML_TYPE_Q4_0, nullptr, quantize_q4_0, expand_float<row_q4_0>, dot_q4_0, acc_q4_0, sizeof(query_q4_0), load_query_q4_0,
+    "q4_0", GGML_TYPE_Q4_0, nullptr, quantize_q4_0, expand_float<row_q4_0>, dot_int<row_q4_0>, acc_int<row_q4_0>,
+    sizeof(row_q4_0::query), load_query_q4_0,
 };
 
 } // namespace
