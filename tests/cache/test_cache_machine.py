@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from helpers import raw
 from helpers.reference_cache import NoRoom, ReferenceCache
+from helpers.rows import migrated
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -98,6 +99,11 @@ def row_bytes(k: list[np.ndarray], v: list[np.ndarray]) -> bytes:
     return b"".join(row.tobytes() for row in [*k, *v])
 
 
+def stored(x: np.ndarray, kv_type: str) -> np.ndarray:
+    """A row as a migration stores it."""
+    return migrated(x, kv_type, 0) if kv_type == "iq4_nl" else ggml.quantize(x, kv_type).data
+
+
 def cells_of(cache: MixedKVCache, cold: bool, stream: int) -> list[tuple]:
     """(rows, position, sequence ids, shift, cell) of a tier's tokens."""
     tier = cache.cold if cold else cache.hot
@@ -165,8 +171,8 @@ class CacheMachine(RuleBasedStateMachine):
             t.rows = (
                 row_bytes(list(k), list(v)),
                 row_bytes(
-                    [ggml.quantize(x, self.config.cold_k).data for x in k],
-                    [ggml.quantize(x, self.config.cold_v).data for x in v],
+                    [stored(x, self.config.cold_k) for x in k],
+                    [stored(x, self.config.cold_v) for x in v],
                 ),
             )
             stream = min(t.seqs) if not self.config.unified else 0

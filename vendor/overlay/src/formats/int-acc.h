@@ -7,9 +7,9 @@
 namespace {
 
 // row: a struct with
-//   size:         bytes of a block: its scale (F16), then its values
-//   bias:         what is added to the values as they are stored
-//   load_pairs(): the values of a block in each of four rows, see v_load_i4_pairs(); p: those of the first row
+//   size:         bytes of a block, which begins with its scale (F16)
+//   bias_acc:     what load_pairs() adds to the values
+//   load_pairs(): the values of a block in each of four rows, see v_load_i4_pairs(); p: the block of the first row
 
 // Weights are rounded to 15 bits of pmax, scales to 15 bits of the tile's largest one, and so are their products: the sums
 // over a tile fit in 32 bits (15 bits, 8 of a value at most, 7 for the cells).
@@ -73,7 +73,7 @@ KVM_UNROLL
             }
             for (int r = 0; r < N; ++r) {
                 unit[i][r] = pmax[r]*dmax[i]*(32768.0f/(32767.0f*32767.0f));
-                sum [i][r] = -row::bias*v_ihsum(total[r]);
+                sum [i][r] = -row::bias_acc*v_ihsum(total[r]);
             }
         }
 
@@ -87,7 +87,7 @@ KVM_UNROLL
                 }
             }
 
-            const uint8_t * x = v.data + (b0 + i)*row::size + 2;
+            const uint8_t * x = v.data + (b0 + i)*row::size;
 
             for (int j = 0; j < v.n; j += 4, x += 4*v.nb) {
                 next.visit(4);

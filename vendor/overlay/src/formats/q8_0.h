@@ -9,13 +9,13 @@
 namespace {
 
 struct row_q8_0 {
-    static constexpr bool scaled = true;
-    static constexpr int  size   = 34;
-    static constexpr int  bias   = 0;
+    static constexpr bool scaled   = true;
+    static constexpr int  size     = 34;
+    static constexpr int  bias_acc = 0;
 
     static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_i8(row + b*size + 2 + i*V_LEN); }
 
-    static V_INLINE void load_pairs(const uint8_t * p, size_t nb, vi * res) { v_load_i8_pairs(p, nb, res); }
+    static V_INLINE void load_pairs(const uint8_t * p, size_t nb, vi * res) { v_load_i8_pairs(p + 2, nb, res); }
 
     struct query;
     template <int N> struct pair;
@@ -59,7 +59,7 @@ void quantize_q8_0(const float * x, int64_t n, uint8_t * dst) {
 struct row_q8_0::query {
     int32_t word[17][2]; // the larger parts, the smaller ones
     float   d  [2];      // scale of the query's block
-    int32_t sum[2][2];   // what the bias of v_dot8() makes of them, negative
+    int32_t sum[2][2];   // what V_DOT8_BIAS makes of them, negative
 };
 
 void load_query_q8_0(const float * Q, int64_t n_embd, void * query, int64_t r, int64_t n_rows) {
@@ -116,12 +116,13 @@ KVM_UNROLL
         } else if (w == 8) {
             d[1] = v_f16_hi(word);
         }
+        const vi biased = v_bias8(word);
 KVM_UNROLL
         for (int r = 0; r < N; ++r) {
 KVM_UNROLL
             for (int i = 0; i < 2; ++i) {
                 vi & sum = s[w/9][i][r];
-                sum = v_dot8(sum, word, Q[r].word[w][i]);
+                sum = v_dot8(sum, biased, Q[r].word[w][i]);
                 KVM_KEEP(sum);
             }
         }
