@@ -1,6 +1,6 @@
 """The fused attention kernel against attention in float64 over the same rows.
 
-The kernel computes in F32, with two exceptions where there are at most 16 query rows to a KV head: for K in Q4_0 or Q8_0
+The kernel computes in F32, with two exceptions where there are at most 16 query rows to a KV head: for K in Q4_0, IQ4_NL or Q8_0
 and heads of whole pairs of blocks the query is rounded to 8 or 16 bits, for V in these the weights are to 16 bits. What
 that may do to an output is derived in bounds() from the data of each case: how much it is at most, and typically.
 """
@@ -40,7 +40,7 @@ from llamamix._ffi import ffi, lib
 from llamamix.attention import Attention, FlashAttnExt, attention
 
 U = 2.0**-24  # an F32 operation is off by this share of its result at most
-WHOLE_NUMBERS = ("q4_0", "q8_0")  # cold rows of these meet few query rows as they are stored
+WHOLE_NUMBERS = ("q4_0", "iq4_nl", "q8_0")  # cold rows of these meet few query rows as they are stored
 EXP = 4e-7  # so is the kernel's e^x, beside what rounding x does
 
 
@@ -180,7 +180,7 @@ def bounds(data: Data, expected: Expected) -> tuple[np.ndarray, float]:
         # The query is rounded to whole steps of 1/127 (for Q8_0 1/32512) of a block's largest value. What random roundings
         # of that kind do on the average is taken from the reference.
         blocks = q_cold.reshape(*q.shape[:-1], -1, BLOCK)
-        n_steps = 127 if c.cold_k == "q4_0" else 127 * 255 + 127
+        n_steps = 127 * 255 + 127 if c.cold_k == "q8_0" else 127
         step = np.repeat(np.abs(blocks).max(axis=-1) / n_steps, BLOCK, axis=-1)
         worst_out += 2 * sum_abs(with_cold((step / 2) @ np.abs(stored)))
         rng = np.random.default_rng(1)
@@ -244,7 +244,7 @@ def test_every_value_is_among_the_cases(axis: str) -> None:
 
 def test_the_instruction_sets_agree() -> None:
     """Better than they need to: where the query is rounded, all round it in the same way."""
-    for cold, n_tokens in itertools.product(("f16", "q8_0", "q4_0"), (1, 40)):
+    for cold, n_tokens in itertools.product(("f16", "q8_0", "q4_0", "iq4_nl"), (1, 40)):
         data = make_data(Case(cold_k=cold, cold_v="f16", n_tokens=n_tokens))
         exact = make_data(Case(cold_k="f16", cold_v="f16", n_tokens=n_tokens))
         _, typical = bounds(exact, reference(exact))
@@ -277,7 +277,7 @@ def check(data: Data, signs: bool = True) -> None:
 
 
 DIRECT_AND_NOT = [1, 40]
-STORED = ["f16", "q8_0", "q4_0", "q5_1"]
+STORED = ["f16", "q8_0", "q4_0", "iq4_nl", "q5_1"]
 
 
 @pytest.mark.parametrize("n_tokens", DIRECT_AND_NOT)
@@ -319,16 +319,22 @@ def test_zeros(cold: str, n_tokens: int) -> None:
 
 @pytest.mark.parametrize("n_tokens", DIRECT_AND_NOT)
 @pytest.mark.parametrize("sign", [-1, 1])
-@pytest.mark.parametrize("cold, code", [("q4_0", 0), ("q4_0", 15), ("q8_0", -128), ("q8_0", 127)])
-def test_sums_of_the_largest_integers(cold: str, code: int, sign: int, n_tokens: int) -> None:
-    """Query and codes at the ends of their ranges: sums in 16 bits must not overflow."""
+@pytest.mark.parametrize(
+    ("cold", "byte", "value"),
+    [
+        ("q4_0", 0x00, -8), ("q4_0", 0xFF, 7), ("iq4_nl", 0x00, -127), ("iq4_nl", 0xFF, 113),
+        ("q8_0", 0x80, -128), ("q8_0", 0x7F, 127),
+    ],
+)  # fmt: skip
+def test_sums_of_the_largest_integers(cold: str, byte: int, value: int, sign: int, n_tokens: int) -> None:
+    """Query and values at the ends of their ranges: sums in 16 bits must not overflow."""
     data = make_data(Case(cold_k=cold, cold_v=cold, n_tokens=n_tokens, n_embd_k=256, n_embd_v=256))
     data.q[:] = np.float32(sign) * np.linspace(0.5, 1.5, data.q.shape[2], dtype=np.float32)[:, None]
     for rows, values in zip(data.cold, (data.k, data.v), strict=True):
         blocks = rows.reshape(1, 500, 2, 8, -1)  # [..., block, bytes]: a view
-        blocks[..., 2:] = code * 17 if cold == "q4_0" else code % 256
+        blocks[..., 2:] = byte
         values[:, :500] = np.repeat(blocks[..., :2].copy().view(np.float16), BLOCK, axis=-1).reshape(1, 500, 2, 256)
-        values[:, :500] *= code - 8 if cold == "q4_0" else code
+        values[:, :500] *= value
     check(data, signs=False)
 
 
@@ -410,7 +416,7 @@ def at_the_end(array):
     return res
 
 for kv_type, n_tokens, (n_cold, n_hot), n_embd in itertools.product(
-    ["q4_0", "q8_0", "q5_1", "f16", "f32"], [1, 40], [(64, 1), (63, 64), (5, 3), (0, 7)], [64, 96]
+    ["q4_0", "iq4_nl", "q8_0", "q5_1", "f16", "f32"], [1, 40], [(64, 1), (63, 64), (5, 3), (0, 7)], [64, 96]
 ):
     case = Case(
         cold_k=kv_type, cold_v=kv_type, n_embd_k=n_embd, n_embd_v=n_embd, n_cold=n_cold, n_hot=n_hot, n_head_kv=1,
@@ -467,6 +473,13 @@ def halves_swapped(data: Data) -> Data:
     return replace(data, cold=(rows, data.cold[1]))
 
 
+def other_values(data: Data) -> Data:
+    """The value next to each in the table, in 32 cells."""
+    rows = data.cold[0].copy()
+    rows[0, 100:132].reshape(32, 2, 2, 18)[..., 2:] ^= 0x11
+    return replace(data, cold=(rows, data.cold[1]))
+
+
 TAMPERS: dict[str, Callable[[Data], Data]] = {
     "scale": lambda data: replace(data, scale=data.scale * 1.02),
     "last tile": drop(564, 627),
@@ -478,6 +491,7 @@ TAMPERS: dict[str, Callable[[Data], Data]] = {
     "no cap": with_case(logit_softcap=0.0),
     "one scale of V": one_scale,
     "halves of K swapped": halves_swapped,
+    "other values of K": other_values,
     "heads swapped": lambda data: replace(data, hot=(data.hot[0], data.hot[1][:, :, ::-1])),
     "cold for hot": lambda data: replace(data, hot=(data.hot[0], data.hot[1][:, ::-1])),
     "K not rotated": with_case(n_rot_k=0),
@@ -492,7 +506,7 @@ TAMPERS: dict[str, Callable[[Data], Data]] = {
 @pytest.mark.parametrize("n_tokens", DIRECT_AND_NOT)
 @pytest.mark.parametrize("name", TAMPERS)
 def test_small_mistakes_would_show(name: str, n_tokens: int) -> None:
-    cold_k = "q4_0" if name == "halves of K swapped" else "f16"
+    cold_k = {"halves of K swapped": "q4_0", "other values of K": "iq4_nl"}.get(name, "f16")
     data = make_data(Case(cold_k=cold_k, n_tokens=n_tokens, sinks=True, logit_softcap=20.0, q_size=1.0, n_rot_k=64, n_rot_v=64, mean=0.3))
     expected = reference(data)
     limits = bounds(data, expected)
@@ -562,12 +576,12 @@ def errors(kv_type: str, n_tokens: int) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize("n_tokens", [1, 64])
-@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0", "iq4_nl"])
 def test_the_error_is_not_above_ggmls(kv_type: str, n_tokens: int, record_property: Callable) -> None:
     ours, theirs, distance = errors(kv_type, n_tokens)
     record_property("ours", float(ours))
     record_property("ggml", float(theirs))
-    if kv_type == "q4_0" and n_tokens == 1:
+    if kv_type in ("q4_0", "iq4_nl") and n_tokens == 1:
         # Both round the query to the same 8 bits, so that the errors are nearly the same. ggml rounds its scales to F16
         # (2**-12 of scores that are 2 in size) and we the weights (to 2**-15 of the largest): smaller than the
         # query's error by an order, and of independent signs, they move the whole by less than their square.

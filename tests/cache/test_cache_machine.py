@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from helpers import raw
 from helpers.reference_cache import NoRoom, ReferenceCache, Token
+from helpers.rows import migrated
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -107,6 +108,11 @@ def mean_of(rows: list[np.ndarray]) -> np.ndarray:
 
 def row_bytes(k: list[np.ndarray], v: list[np.ndarray]) -> bytes:
     return b"".join(row.tobytes() for row in [*k, *v])
+
+
+def stored(x: np.ndarray, kv_type: str) -> np.ndarray:
+    """A row as a migration stores it."""
+    return migrated(x, kv_type, 0) if kv_type == "iq4_nl" else ggml.quantize(x, kv_type).data
 
 
 def cells_of(cache: MixedKVCache, cold: bool, stream: int) -> list[tuple]:
@@ -340,8 +346,8 @@ class CacheMachine(RuleBasedStateMachine):
         if self.config.mean and self.config.cold_k != "f16":
             k = k.astype(np.float32) - mean_of([other.rows[0] for other in t.opened]).astype(np.float32)
         return row_bytes(
-            [ggml.quantize(x, self.config.cold_k).data for x in k],
-            [ggml.quantize(x, self.config.cold_v).data for x in v],
+            [stored(x, self.config.cold_k) for x in k],
+            [stored(x, self.config.cold_v) for x in v],
         )
 
     @invariant()

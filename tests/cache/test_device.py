@@ -26,6 +26,9 @@ from llamamix.trace import EventKind
 
 N_LAYER, N_EMBD_KV = 2, 128  # of the tiny model, values in a row of K or V
 
+# cold types whose rows are stored by the device's operations as by the CPU's kernels, which search a scale for iq4_nl
+SAME_ROWS = [name for name in FORMATS if name != "iq4_nl"]
+
 
 def mixed(cold: str, attn: str = "auto", **params: Any) -> KVMixedParams:
     return KVMixedParams(**{"hot": 48, "group": 12, "sink": 4, "cold": cold, "attn": attn} | params)
@@ -144,13 +147,27 @@ def test_cold_rows_like_hot_ones_are_a_plain_cache(kv_type: str, flash_attn: str
 
 
 @pytest.mark.parametrize("flash_attn", ["off", "on"])
-@pytest.mark.parametrize("cold", list(FORMATS))
+@pytest.mark.parametrize("cold", SAME_ROWS)
 def test_any_cold_type_is_composed_as_on_the_cpu(cold: str, flash_attn: str, device: Device, make: Make) -> None:
     context = make(kv_mixed=mixed(cold), flash_attn=flash_attn)
     actual = decode(context)
     assert_moved(context)
     expected = decode(make(device.on_cpu, kv_mixed=mixed(cold, "compose"), flash_attn=flash_attn))
     np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("flash_attn", ["off", "on"])
+def test_iq4_nl_is_composed_as_on_the_cpu(flash_attn: str, device: Device, make: Make) -> None:
+    context = make(kv_mixed=mixed("iq4_nl"), flash_attn=flash_attn)
+    decode(context)
+    context.decode(random_tokens(4))  # the last migration for now
+    other = make(device.on_cpu, kv_mixed=mixed("iq4_nl", "compose"), flash_attn=flash_attn)
+    other.state_load(context.state_save())
+    n_migrations = context.stats.n_migrations
+    for c in (context, other):
+        c.decode(random_tokens(4, 1), logits="all")
+    np.testing.assert_array_equal(context.logits, other.logits)
+    assert context.stats.n_migrations == n_migrations and other.stats.n_migrations == 0  # moved rows would differ
 
 
 def test_the_kernel_is_refused(make: Make) -> None:
@@ -313,7 +330,7 @@ def operate(context: Context, unified: bool) -> np.ndarray:
 
 
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
-@pytest.mark.parametrize("cold", ["f16", "bf16", "q8_0", "q4_0", "iq4_nl"])
+@pytest.mark.parametrize("cold", ["f16", "bf16", "q8_0", "q4_0", "q5_1"])
 def test_operations_on_sequences(cold: str, unified: bool, device: Device, make: Make) -> None:
     params = {"n_ctx": 512 if unified else 3 * 256, "n_seq_max": 3, "kv_unified": unified}
     context = make(kv_mixed=mixed(cold, mean=False), **params)
@@ -390,7 +407,7 @@ def test_a_context_shift_is_the_plain_caches(kv_type: str, make: Make) -> None:
 #
 
 
-@pytest.mark.parametrize("cold", ["f16", "q8_0", "q4_0", "iq4_nl"])
+@pytest.mark.parametrize("cold", ["f16", "q8_0", "q4_0", "q5_1"])
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "sequence"])
 def test_a_state_goes_to_the_cpu_and_back(whole: bool, cold: str, device: Device, make: Make) -> None:
     params = {"n_seq_max": 2, "kv_unified": True}
@@ -457,17 +474,28 @@ def test_rows_that_stay_on_the_device(cold: str, make: Make) -> None:
 #
 
 
-@pytest.mark.parametrize("cold", ["f16", "q8_0", "q4_0", "iq4_nl"])
-def test_errors_are_measured(cold: str, device: Device, make: Make) -> None:
-    def run(context: Context) -> list[tuple[Any, ...]]:
-        with Trace(context, layers=True) as trace:
-            decode(context)
-            moves = [e for e in trace.read() if e.kind == EventKind.MIGRATE]
-        return [(e.rmse_k, e.max_k, e.rmse_v, e.max_v, e.layers, e.bytes_in, e.bytes_out) for e in moves]
+def errors(context: Context) -> list[tuple[Any, ...]]:
+    """Of every migration."""
+    with Trace(context, layers=True) as trace:
+        decode(context)
+        moves = [e for e in trace.read() if e.kind == EventKind.MIGRATE]
+    return [(e.rmse_k, e.max_k, e.rmse_v, e.max_v, e.layers, e.bytes_in, e.bytes_out) for e in moves]
 
-    actual = run(make(kv_mixed=mixed(cold)))
+
+def test_scales_of_iq4_nl_are_searched_on_the_cpu(device: Device, make: Make) -> None:
+    """The device stores rows by ggml's operation, whose error is larger by 7 % for values with a normal distribution."""
+    (k, _, v, *_), (k_cpu, _, v_cpu, *_) = (
+        np.mean([e[:4] for e in errors(context)], axis=0)
+        for context in (make(kv_mixed=mixed("iq4_nl")), make(device.on_cpu, kv_mixed=mixed("iq4_nl")))
+    )
+    assert k_cpu < 0.97 * k and v_cpu < 0.97 * v
+
+
+@pytest.mark.parametrize("cold", ["f16", "q8_0", "q4_0", "q5_1"])
+def test_errors_are_measured(cold: str, device: Device, make: Make) -> None:
+    actual = errors(make(kv_mixed=mixed(cold)))
     assert len(actual) > 10
-    assert actual == run(make(device.on_cpu, kv_mixed=mixed(cold, "compose")))
+    assert actual == errors(make(device.on_cpu, kv_mixed=mixed(cold, "compose")))
     if cold == "f16":
         assert all(move[:4] == (0, 0, 0, 0) for move in actual)
     else:

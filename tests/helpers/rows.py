@@ -51,11 +51,45 @@ def q8_0(x: np.ndarray) -> np.ndarray:
     return np.hstack([d.view(np.uint8), np.rint(x * factor).astype(np.int8).view(np.uint8)])
 
 
+IQ4_NL = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+# where the largest value of a block is brought to, the first as ggml does
+ENDS = np.array(
+    [-127, -140, -135, -131, -124.5, -122, -119.5, -112, -108, -103, 90, 108, 112, 116, 120, 125], np.float32
+)
+
+
+def nearest(x: np.ndarray) -> np.ndarray:
+    """Numbers of the values of IQ4_NL that are nearest, the larger ones where two are as near."""
+    return np.searchsorted((IQ4_NL[1:] + IQ4_NL[:-1]) / 2, x, side="right")
+
+
+def iq4_nl(x: np.ndarray) -> np.ndarray:
+    """The scale of ENDS that leaves the least squared error, refined by least squares, in float32."""
+    x = x.reshape(-1, 32)
+    most = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        factor = ENDS / most  # [block, scale]
+        factor[:, :1] = np.float32(1) / (most / np.float32(-127))
+        sum_qx, sum_qq = np.zeros_like(factor), np.zeros_like(factor)
+        for i in range(32):
+            q = IQ4_NL[nearest(x[:, i : i + 1] * factor)]
+            sum_qx += q * x[:, i : i + 1]
+            sum_qq += q * q
+        d = (sum_qx / sum_qq).astype(np.float16).astype(np.float32)
+        gain = d * (sum_qx + sum_qx - d * sum_qq)
+        gain[:, 0] *= np.float32(1 + 2**-16)
+        key = gain.view(np.int32) & ~15 | np.arange(16)
+        d = np.take_along_axis(d, np.maximum(key, 0).max(axis=1)[:, None] & 15, axis=1)
+        d[np.abs(most) < np.float32(1e-15)] = 0
+        q = nearest(x * np.where(d == 0, np.float32(0), np.float32(1) / d)).astype(np.uint8)
+    return np.hstack([d.astype(np.float16).view(np.uint8), q[:, :16] | q[:, 16:] << 4])
+
+
 def migrated(rows: np.ndarray, kv_type: str, n_rot: int) -> np.ndarray:
     """The bytes that a migration on the CPU makes of hot rows, every bit of them; n_rot 0: they are not rotated."""
     x = np.asarray(rows, np.float32)
     x = fwht(x, n_rot) if n_rot else x
-    return {"q4_0": q4_0, "q8_0": q8_0}[kv_type](x).reshape(*rows.shape[:-1], -1)
+    return {"q4_0": q4_0, "q8_0": q8_0, "iq4_nl": iq4_nl}[kv_type](x).reshape(*rows.shape[:-1], -1)
 
 
 def quantise(rows: np.ndarray, kv_type: str) -> np.ndarray:

@@ -61,6 +61,12 @@ V_INLINE vf v_load_i4(const uint8_t * p, int i) {
     return _mm256_cvtepi32_ps(_mm256_sub_epi32(u, _mm256_set1_epi32(8)));
 }
 
+V_INLINE vf v_load_t4(const uint8_t * p, int i, const table16 & t) {
+    const __m128i x = _mm_loadl_epi64((const __m128i *) (p + 8*(i & 1)));
+    const __m128i u = _mm_and_si128(i < 2 ? x : _mm_srli_epi32(x, 4), _mm_set1_epi8(15));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i *) t.v), u)));
+}
+
 V_INLINE void v_transpose4(const uint8_t * p, size_t nb, vi res[4]) {
     __m256i r[4];
     for (int i = 0; i < 4; ++i) {
@@ -90,18 +96,21 @@ V_INLINE vi v_nibble_hi(vi x) { return _mm256_and_si256(_mm256_srli_epi32(x, 4),
 // Sums of 16 bits: up to 16 products of [0, 15] and [-127, 127] each, |sum| <= 30480.
 constexpr int V_DOT_SUMS = 1;
 V_INLINE va v_dot_zero() { return _mm256_setzero_si256(); }
-V_INLINE va v_dot_add(va a, va b) { return _mm256_add_epi16(a, b); }
 V_INLINE va v_dot(va acc, vi u, int32_t s) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, _mm256_set1_epi32(s))); }
-V_INLINE vf v_dot_sum(va acc, int32_t x) {
-    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(acc, _mm256_set1_epi16(1)), _mm256_set1_epi32(x)));
-}
+V_INLINE vi v_dot_int(va acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
 
 // two products of bytes up to 128 and 127 in size fit in 16 bits, four do not
 constexpr int V_DOT8_BIAS = 0;
+V_INLINE vi v_bias8(vi x) { return x; }
 V_INLINE vi v_dot8(vi acc, vi x, int32_t s) {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(_mm256_set1_epi32(s), x));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+
+V_INLINE vi v_table_lo(vi x, const table16 & t) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) t.v)), v_nibble_lo(x));
+}
+V_INLINE vi v_table_hi(vi x, const table16 & t) { return v_table_lo(_mm256_srli_epi32(x, 4), t); }
 
 V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
     const __m256i low = _mm256_set1_epi16(15);
@@ -114,6 +123,19 @@ V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
         res[4*i + 1] = _mm256_and_si256(hi, low);
         res[4*i + 2] = _mm256_srli_epi16(lo, 4);
         res[4*i + 3] = _mm256_srli_epi16(hi, 4);
+    }
+}
+
+V_INLINE void v_load_t4_pairs(const uint8_t * p, size_t nb, vi * res, const table16 & t) {
+    for (int i = 0; i < 2; ++i) {
+        const __m128i a = _mm_loadu_si128((const __m128i *) (p + 2*i*nb));
+        const __m128i b = _mm_loadu_si128((const __m128i *) (p + 2*i*nb + nb));
+        const __m256i x = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(a, b)), _mm_unpackhi_epi8(a, b), 1);
+        const __m256i y[2] = { v_table_lo(x, t), v_table_hi(x, t) };
+        for (int h = 0; h < 2; ++h) {
+            res[4*i + 2*h    ] = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(y[h]));
+            res[4*i + 2*h + 1] = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(y[h], 1));
+        }
     }
 }
 
@@ -152,6 +174,8 @@ V_INLINE vi v_to_i16(vf a, vf b) { return _mm256_permute4x64_epi64(_mm256_packs_
 V_INLINE vi v_mulhrs16(vi a, vi b) { return _mm256_mulhrs_epi16(a, b); }
 V_INLINE void v_store_i8(int8_t * p, vi x) { _mm_storel_epi64((__m128i *) p, _mm_packs_epi16(pack_i16(x), pack_i16(x))); }
 V_INLINE vf v_abs(vf x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+V_INLINE uint16_t f16_from_f32(float x) { return (uint16_t) _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+V_INLINE vf v_round_f16(vf x) { return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 V_INLINE vi v_to_int_trunc(vf x) { return _mm256_cvttps_epi32(x); }
 
 V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
@@ -159,6 +183,37 @@ V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
     const __m256i b = _mm256_or_si256(x[1], _mm256_slli_epi32(x[3], 4));
     const __m256i y = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xD8);
     _mm_storeu_si128((__m128i *) p, _mm_packus_epi16(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1)));
+}
+
+// a search by halves: where the nearest of all values, of a half of them, ... changes, and in the end to what
+struct nearest16 {
+    alignas(32) float mid[4][8];
+    alignas(32) float lo [8];
+    alignas(32) float hi [8];
+
+    constexpr nearest16(const table16 & values, const table16 & result) : mid(), lo(), hi() {
+        for (int level = 0; level < 4; ++level) {
+            for (int i = 0; i < 1 << level; ++i) {
+                const int k = (2*i + 1)*(8 >> level);
+                mid[level][i] = (values.v[k - 1] + values.v[k])/2.0f;
+            }
+        }
+        for (int i = 0; i < 8; ++i) {
+            lo[i] = result.v[2*i];
+            hi[i] = result.v[2*i + 1];
+        }
+    }
+};
+
+V_INLINE vf v_nearest(vf x, const nearest16 & t) {
+    const auto above = [x](__m256 mid) { return _mm256_cmp_ps(x, mid, _CMP_GE_OQ); };
+    __m256i i = _mm256_srli_epi32(_mm256_castps_si256(above(v_set(t.mid[0][0]))), 31);
+    for (int level = 1; level < 3; ++level) {
+        const __m256 y = above(_mm256_permutevar8x32_ps(v_load(t.mid[level]), i));
+        i = _mm256_sub_epi32(_mm256_add_epi32(i, i), _mm256_castps_si256(y));
+    }
+    const __m256 y = above(_mm256_permutevar8x32_ps(v_load(t.mid[3]), i));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(v_load(t.lo), i), _mm256_permutevar8x32_ps(v_load(t.hi), i), y);
 }
 
 V_INLINE vf v_hadamard(vf x) {

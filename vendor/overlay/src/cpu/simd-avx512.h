@@ -47,12 +47,15 @@ V_INLINE vf v_load_bf16(const uint8_t * p) {
 }
 V_INLINE vf v_load_i8(const uint8_t * p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p))); }
 
-// V_LEN values of 16 bytes that hold 32 nibbles, less 8
-V_INLINE vf v_load_i4(const uint8_t * p, int i) {
-    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
+// V_LEN values of 16 bytes that hold 32 nibbles, as the table has them
+V_INLINE vf v_load_t4(const uint8_t * p, int i, const table16 & t) {
+    const __m512  values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) t.v)));
+    const __m512i x      = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
     return _mm512_permutexvar_ps(i == 0 ? x : _mm512_srli_epi32(x, 4), values); // looks at the lower four bits only
 }
+// the same, less 8
+constexpr table16 table_i4 = {{ -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7 }};
+V_INLINE vf v_load_i4(const uint8_t * p, int i) { return v_load_t4(p, i, table_i4); }
 
 // 16 bytes of each of V_LEN rows: res[i] has the i-th four of them, a lane per row
 V_INLINE void v_transpose4(const uint8_t * p, size_t nb, vi res[4]) {
@@ -115,29 +118,52 @@ V_INLINE vi v_nibble_hi(vi x) { return _mm512_and_si512(_mm512_srli_epi32(x, 4),
 // acc += the four unsigned bytes of every lane of u times the four signed ones of s
 constexpr int V_DOT_SUMS = 2;
 V_INLINE va v_dot_zero() { return _mm512_setzero_si512(); }
-V_INLINE va v_dot_add(va a, va b) { return _mm512_add_epi32(a, b); }
 V_INLINE va v_dot(va acc, vi u, int32_t s) { return _mm512_dpbusd_epi32(acc, u, _mm512_set1_epi32(s)); }
-V_INLINE vf v_dot_sum(va acc, int32_t x) { return _mm512_cvtepi32_ps(_mm512_add_epi32(acc, _mm512_set1_epi32(x))); }
+V_INLINE vi v_dot_int(va acc) { return acc; }
 
-// acc += the four signed bytes of every lane of x, with V_DOT8_BIAS added to each, times the four of s
+// acc += the four bytes of every lane of x times the four of s; x: signed bytes with V_DOT8_BIAS added to each
 constexpr int V_DOT8_BIAS = 128;
-V_INLINE vi v_dot8(vi acc, vi x, int32_t s) { return _mm512_dpbusd_epi32(acc, _mm512_xor_si512(x, _mm512_set1_epi8(-128)), _mm512_set1_epi32(s)); }
+V_INLINE vi v_bias8(vi x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
+V_INLINE vi v_dot8(vi acc, vi x, int32_t s) { return _mm512_dpbusd_epi32(acc, x, _mm512_set1_epi32(s)); }
 
-// 32 nibbles of each of four rows: a lane per element, 16 bits per row; V_BLOCK vectors of rows 0 and 1, then of 2 and 3
-V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
+// what the table has for the low, the high nibble of every byte, with V_DOT8_BIAS added
+V_INLINE vi v_table_lo(vi x, const table16 & t) {
+    // looks at the lower six bits, so that every value is there four times
+    return _mm512_permutexvar_epi8(x, v_bias8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) t.v))));
+}
+V_INLINE vi v_table_hi(vi x, const table16 & t) { return v_table_lo(_mm512_srli_epi32(x, 4), t); }
+
+// 16 bytes of each of four rows: a lane per byte, which has those of rows 0, 2, 1, 3
+V_INLINE vi load_rows4(const uint8_t * p, size_t nb) {
     const __m512i bytes = _mm512_set_epi8(
         63, 31, 47, 15, 62, 30, 46, 14, 61, 29, 45, 13, 60, 28, 44, 12, 59, 27, 43, 11, 58, 26, 42, 10, 57, 25, 41,  9, 56, 24, 40,  8,
         55, 23, 39,  7, 54, 22, 38,  6, 53, 21, 37,  5, 52, 20, 36,  4, 51, 19, 35,  3, 50, 18, 34,  2, 49, 17, 33,  1, 48, 16, 32,  0);
-    const __m512i low = _mm512_set1_epi16(15);
     __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) p));
     x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (p +   nb)), 1);
     x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (p + 2*nb)), 2);
     x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *) (p + 3*nb)), 3);
-    x = _mm512_permutexvar_epi8(bytes, x);
+    return _mm512_permutexvar_epi8(bytes, x);
+}
+
+// 32 nibbles of each of four rows: a lane per element, 16 bits per row; V_BLOCK vectors of rows 0 and 1, then of 2 and 3
+V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
+    const __m512i low = _mm512_set1_epi16(15);
+    const __m512i x   = load_rows4(p, nb);
     res[0] = _mm512_and_si512(x, low);
     res[1] = _mm512_and_si512(_mm512_srli_epi16(x, 4), low);
     res[2] = _mm512_and_si512(_mm512_srli_epi16(x, 8), low);
     res[3] = _mm512_srli_epi16(x, 12);
+}
+
+// the same as the table has them
+V_INLINE void v_load_t4_pairs(const uint8_t * p, size_t nb, vi * res, const table16 & t) {
+    const __m256i half   = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *) t.v));
+    const __m512i values = _mm512_broadcast_i64x4(half); // twice: what looks at the lower five bits
+    const __m512i x      = load_rows4(p, nb);
+    res[0] = _mm512_permutexvar_epi16(x, values);
+    res[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(x,  4), values);
+    res[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(x,  8), values);
+    res[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 12), values);
 }
 
 // 32 bytes of each of four rows, likewise
@@ -176,12 +202,25 @@ V_INLINE vi v_to_i16(vf a, vf b) {
 V_INLINE vi v_mulhrs16(vi a, vi b) { return _mm512_mulhrs_epi16(a, b); }
 V_INLINE void v_store_i8(int8_t * p, vi x) { _mm_storeu_si128((__m128i *) p, _mm512_cvtepi32_epi8(x)); }
 V_INLINE vf v_abs(vf x) { return _mm512_abs_ps(x); }
+V_INLINE uint16_t f16_from_f32(float x) { return (uint16_t) _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+V_INLINE vf v_round_f16(vf x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 // towards 0
 V_INLINE vi v_to_int_trunc(vf x) { return _mm512_cvttps_epi32(x); }
 
 // 32 numbers from 0 to 15 as nibbles of 16 bytes
 V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
     _mm_storeu_si128((__m128i *) p, _mm512_cvtepi32_epi8(_mm512_or_si512(x[0], _mm512_slli_epi32(x[1], 4))));
+}
+
+// What stands for the nearest of 16 values, for the larger one of two that are as near; |x| up to 140.
+using nearest16 = ranges16;
+V_INLINE vf v_nearest(vf x, const nearest16 & t) {
+    // the range is in the last bits of this sum, of which look-ups use five
+    const __m512i i = _mm512_castps_si512(_mm512_fmadd_ps(x, v_set(ranges16::factor), v_set(ranges16::first + 0x1p23f)));
+    const __m512 mid = _mm512_permutex2var_ps(v_load(t.mid), i, v_load(t.mid + 16));
+    const __m512 lo  = _mm512_permutex2var_ps(v_load(t.lo),  i, v_load(t.lo  + 16));
+    const __m512 hi  = _mm512_permutex2var_ps(v_load(t.hi),  i, v_load(t.hi  + 16));
+    return _mm512_mask_mov_ps(lo, _mm512_cmp_ps_mask(x, mid, _CMP_GE_OQ), hi);
 }
 
 // the fast Walsh-Hadamard transform of V_LEN values: sums and differences of neighbours, of pairs of them, ...

@@ -58,6 +58,10 @@ V_INLINE vf v_load_i4(const uint8_t * p, int k) {
     p += V_LEN*(k & 1);
     KVM_EACH((float) ((k < 2 ? p[i] & 15 : p[i] >> 4) - 8));
 }
+V_INLINE vf v_load_t4(const uint8_t * p, int k, const table16 & t) {
+    p += V_LEN*(k & 1);
+    KVM_EACH((float) t.v[k < 2 ? p[i] & 15 : p[i] >> 4]);
+}
 
 V_INLINE void v_transpose4(const uint8_t * p, size_t nb, vi res[4]) {
     for (int i = 0; i < V_LEN; ++i) {
@@ -75,7 +79,6 @@ V_INLINE vi v_nibble_hi(vi x) { for (auto & y : x.v) { for (uint8_t & z : y) { z
 
 constexpr int V_DOT_SUMS = 1;
 V_INLINE va v_dot_zero() { return {}; }
-V_INLINE va v_dot_add(va a, va /*b*/) { return a; }
 V_INLINE va v_dot(va acc, vi u, int32_t s) {
     int8_t b[4];
     memcpy(b, &s, 4);
@@ -86,9 +89,10 @@ V_INLINE va v_dot(va acc, vi u, int32_t s) {
     }
     return acc;
 }
-V_INLINE vf v_dot_sum(va acc, int32_t x) { KVM_EACH((float) (acc.v[i] + x)); }
+V_INLINE vi v_dot_int(va acc) { vi res; memcpy(res.v, acc.v, sizeof(res.v)); return res; }
 
 constexpr int V_DOT8_BIAS = 0;
+V_INLINE vi v_bias8(vi x) { return x; }
 V_INLINE vi v_dot8(vi acc, vi x, int32_t s) {
     int8_t b[4];
     memcpy(b, &s, 4);
@@ -103,25 +107,32 @@ V_INLINE vi v_dot8(vi acc, vi x, int32_t s) {
     return acc;
 }
 
-V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
+V_INLINE vi v_table_lo(vi x, const table16 & t) { for (auto & y : x.v) { for (uint8_t & z : y) { z = (uint8_t) t.v[z & 15]; } } return x; }
+V_INLINE vi v_table_hi(vi x, const table16 & t) { for (auto & y : x.v) { for (uint8_t & z : y) { z = (uint8_t) t.v[z >> 4]; } } return x; }
+
+// value(row, k): value k of a block in this row
+template <class F>
+V_INLINE void load_pairs(vi * res, const F & value) {
     for (int i = 0; i < 2; ++i) {
         for (int k = 0; k < 32; ++k) {
-            const uint8_t a = p[2*i*nb + k%16];
-            const uint8_t b = p[2*i*nb + nb + k%16];
-            uint8_t * dst = res[i*32/V_LEN + k/V_LEN].v[k%V_LEN];
-            const uint16_t pair[2] = { (uint16_t) (k < 16 ? a & 15 : a >> 4), (uint16_t) (k < 16 ? b & 15 : b >> 4) };
-            memcpy(dst, pair, 4);
+            const int16_t pair[2] = { (int16_t) value(2*i, k), (int16_t) value(2*i + 1, k) };
+            memcpy(res[i*32/V_LEN + k/V_LEN].v[k%V_LEN], pair, 4);
         }
     }
 }
 
+V_INLINE int load_nibble(const uint8_t * p, int k) { return k < 16 ? p[k] & 15 : p[k - 16] >> 4; }
+
+V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
+    load_pairs(res, [&](int row, int k) { return load_nibble(p + row*nb, k); });
+}
+
+V_INLINE void v_load_t4_pairs(const uint8_t * p, size_t nb, vi * res, const table16 & t) {
+    load_pairs(res, [&](int row, int k) { return t.v[load_nibble(p + row*nb, k)]; });
+}
+
 V_INLINE void v_load_i8_pairs(const uint8_t * p, size_t nb, vi * res) {
-    for (int i = 0; i < 2; ++i) {
-        for (int k = 0; k < 32; ++k) {
-            const int16_t pair[2] = { (int8_t) p[2*i*nb + k], (int8_t) p[2*i*nb + nb + k] };
-            memcpy(res[i*32/V_LEN + k/V_LEN].v[k%V_LEN], pair, 4);
-        }
-    }
+    load_pairs(res, [&](int row, int k) { return (int8_t) p[row*nb + k]; });
 }
 
 V_INLINE vi v_dot16(vi acc, vi x, int32_t w) {
@@ -176,6 +187,8 @@ V_INLINE vi v_mulhrs16(vi a, vi b) {
 }
 V_INLINE void v_store_i8(int8_t * p, vi x) { for (int i = 0; i < V_LEN; ++i) { p[i] = (int8_t) load_i32(x.v[i]); } }
 V_INLINE vf v_abs(vf x) { KVM_EACH(std::fabs(x.v[i])); }
+V_INLINE uint16_t f16_from_f32(float x) { return ggml_fp32_to_fp16(x); }
+V_INLINE vf v_round_f16(vf x) { KVM_EACH(f32_from_f16(f16_from_f32(x.v[i]))); }
 V_INLINE vi v_to_int_trunc(vf x) {
     vi res;
     for (int i = 0; i < V_LEN; ++i) {
@@ -189,6 +202,17 @@ V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
     for (int i = 0; i < 16; ++i) {
         p[i] = (uint8_t) (load_i32(x[i/V_LEN].v[i%V_LEN]) | load_i32(x[i/V_LEN + 16/V_LEN].v[i%V_LEN]) << 4);
     }
+}
+
+using nearest16 = ranges16;
+V_INLINE vf v_nearest(vf x, const nearest16 & t) {
+    vf res;
+    for (int i = 0; i < V_LEN; ++i) {
+        const float y = x.v[i]*ranges16::factor + (ranges16::first + 0.5f);
+        const int   k = y > 0.0f && y < 32.0f ? (int) y : 0; // what is not a number, too
+        res.v[i] = x.v[i] >= t.mid[k] ? t.hi[k] : t.lo[k];
+    }
+    return res;
 }
 
 V_INLINE vf v_hadamard(vf x) {

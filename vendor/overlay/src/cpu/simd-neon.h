@@ -54,6 +54,12 @@ V_INLINE vf v_load_i4(const uint8_t * p, int i) {
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vsub_s8(vreinterpret_s8_u8(u), vdup_n_s8(8))))));
 }
 
+V_INLINE vf v_load_t4(const uint8_t * p, int i, const table16 & t) {
+    const uint8x8_t x = vreinterpret_u8_s32(vdup_n_s32(load_i32(p + 4*(i & 3))));
+    const uint8x8_t u = i < 4 ? vand_u8(x, vdup_n_u8(15)) : vshr_n_u8(x, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vqtbl1_s8(vld1q_s8(t.v), u)))));
+}
+
 V_INLINE void v_transpose4(const uint8_t * p, size_t nb, vi res[4]) {
     const uint32x4_t r0 = vreinterpretq_u32_u8(vld1q_u8(p));
     const uint32x4_t r1 = vreinterpretq_u32_u8(vld1q_u8(p +   nb));
@@ -77,7 +83,6 @@ V_INLINE vi v_nibble_hi(vi x) { return vshrq_n_u8(x, 4); }
 
 constexpr int V_DOT_SUMS = 2;
 V_INLINE va v_dot_zero() { return vdupq_n_s32(0); }
-V_INLINE va v_dot_add(va a, va b) { return vaddq_s32(a, b); }
 V_INLINE va v_dot(va acc, vi u, int32_t s) {
     const int8x16_t a = vreinterpretq_s8_u8(u);
     const int8x16_t b = vreinterpretq_s8_s32(vdupq_n_s32(s));
@@ -89,40 +94,49 @@ V_INLINE va v_dot(va acc, vi u, int32_t s) {
     return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(lo), vpaddlq_s16(hi)));
 #endif
 }
-V_INLINE vf v_dot_sum(va acc, int32_t x) { return vcvtq_f32_s32(vaddq_s32(acc, vdupq_n_s32(x))); }
+V_INLINE vi v_dot_int(va acc) { return vreinterpretq_u8_s32(acc); }
 
 constexpr int V_DOT8_BIAS = 0;
+V_INLINE vi v_bias8(vi x) { return x; }
 V_INLINE vi v_dot8(vi acc, vi x, int32_t s) { return vreinterpretq_u8_s32(v_dot(vreinterpretq_s32_u8(acc), x, s)); }
 
-// four lanes of the first row, then four of the second: what v_dot16 multiplies
+V_INLINE vi v_table_lo(vi x, const table16 & t) { return vqtbl1q_u8(vreinterpretq_u8_s8(vld1q_s8(t.v)), v_nibble_lo(x)); }
+V_INLINE vi v_table_hi(vi x, const table16 & t) { return vqtbl1q_u8(vreinterpretq_u8_s8(vld1q_s8(t.v)), v_nibble_hi(x)); }
+
+// 16 signed bytes of each of two rows: four lanes of the first row, then four of the second, which is what v_dot16 multiplies
+V_INLINE void widen_pairs(vi x, vi y, vi * res) {
+    const int8x16_t a = vreinterpretq_s8_u8(x);
+    const int8x16_t b = vreinterpretq_s8_u8(y);
+    const uint64x2_t a0 = vreinterpretq_u64_s16(vmovl_s8(vget_low_s8(a))), a1 = vreinterpretq_u64_s16(vmovl_s8(vget_high_s8(a)));
+    const uint64x2_t b0 = vreinterpretq_u64_s16(vmovl_s8(vget_low_s8(b))), b1 = vreinterpretq_u64_s16(vmovl_s8(vget_high_s8(b)));
+    res[0] = vreinterpretq_u8_u64(vtrn1q_u64(a0, b0));
+    res[1] = vreinterpretq_u8_u64(vtrn2q_u64(a0, b0));
+    res[2] = vreinterpretq_u8_u64(vtrn1q_u64(a1, b1));
+    res[3] = vreinterpretq_u8_u64(vtrn2q_u64(a1, b1));
+}
+
 V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
     for (int i = 0; i < 2; ++i) {
-        const uint8x16_t x[2] = { vld1q_u8(p + 2*i*nb), vld1q_u8(p + 2*i*nb + nb) };
-        for (int h = 0; h < 2; ++h) {
-            const uint8x16_t a = h == 0 ? vandq_u8(x[0], vdupq_n_u8(15)) : vshrq_n_u8(x[0], 4);
-            const uint8x16_t b = h == 0 ? vandq_u8(x[1], vdupq_n_u8(15)) : vshrq_n_u8(x[1], 4);
-            const uint64x2_t a0 = vreinterpretq_u64_u16(vmovl_u8(vget_low_u8(a))), a1 = vreinterpretq_u64_u16(vmovl_u8(vget_high_u8(a)));
-            const uint64x2_t b0 = vreinterpretq_u64_u16(vmovl_u8(vget_low_u8(b))), b1 = vreinterpretq_u64_u16(vmovl_u8(vget_high_u8(b)));
-            vi * dst = res + 8*i + 4*h;
-            dst[0] = vreinterpretq_u8_u64(vtrn1q_u64(a0, b0));
-            dst[1] = vreinterpretq_u8_u64(vtrn2q_u64(a0, b0));
-            dst[2] = vreinterpretq_u8_u64(vtrn1q_u64(a1, b1));
-            dst[3] = vreinterpretq_u8_u64(vtrn2q_u64(a1, b1));
-        }
+        const vi a = vld1q_u8(p + 2*i*nb);
+        const vi b = vld1q_u8(p + 2*i*nb + nb);
+        widen_pairs(v_nibble_lo(a), v_nibble_lo(b), res + 8*i);
+        widen_pairs(v_nibble_hi(a), v_nibble_hi(b), res + 8*i + 4);
+    }
+}
+
+V_INLINE void v_load_t4_pairs(const uint8_t * p, size_t nb, vi * res, const table16 & t) {
+    for (int i = 0; i < 2; ++i) {
+        const vi a = vld1q_u8(p + 2*i*nb);
+        const vi b = vld1q_u8(p + 2*i*nb + nb);
+        widen_pairs(v_table_lo(a, t), v_table_lo(b, t), res + 8*i);
+        widen_pairs(v_table_hi(a, t), v_table_hi(b, t), res + 8*i + 4);
     }
 }
 
 V_INLINE void v_load_i8_pairs(const uint8_t * p, size_t nb, vi * res) {
     for (int i = 0; i < 4; ++i) {
         const uint8_t * x = p + 2*(i/2)*nb + 16*(i%2);
-        const int8x16_t a = vreinterpretq_s8_u8(vld1q_u8(x));
-        const int8x16_t b = vreinterpretq_s8_u8(vld1q_u8(x + nb));
-        const uint64x2_t a0 = vreinterpretq_u64_s16(vmovl_s8(vget_low_s8(a))), a1 = vreinterpretq_u64_s16(vmovl_s8(vget_high_s8(a)));
-        const uint64x2_t b0 = vreinterpretq_u64_s16(vmovl_s8(vget_low_s8(b))), b1 = vreinterpretq_u64_s16(vmovl_s8(vget_high_s8(b)));
-        res[4*i    ] = vreinterpretq_u8_u64(vtrn1q_u64(a0, b0));
-        res[4*i + 1] = vreinterpretq_u8_u64(vtrn2q_u64(a0, b0));
-        res[4*i + 2] = vreinterpretq_u8_u64(vtrn1q_u64(a1, b1));
-        res[4*i + 3] = vreinterpretq_u8_u64(vtrn2q_u64(a1, b1));
+        widen_pairs(vld1q_u8(x), vld1q_u8(x + nb), res + 4*i);
     }
 }
 
@@ -153,6 +167,8 @@ V_INLINE void v_store_i8(int8_t * p, vi x) {
     memcpy(p, &z, sizeof(z));
 }
 V_INLINE vf v_abs(vf x) { return vabsq_f32(x); }
+V_INLINE uint16_t f16_from_f32(float x) { return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0); }
+V_INLINE vf v_round_f16(vf x) { return vcvt_f32_f16(vcvt_f16_f32(x)); }
 V_INLINE vi v_to_int_trunc(vf x) { return vreinterpretq_u8_s32(vcvtq_s32_f32(x)); }
 
 V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
@@ -161,6 +177,44 @@ V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
         y[i] = vmovn_u32(vorrq_u32(vreinterpretq_u32_u8(x[i]), vshlq_n_u32(vreinterpretq_u32_u8(x[i + 4]), 4)));
     }
     vst1q_u8(p, vcombine_u8(vmovn_u16(vcombine_u16(y[0], y[1])), vmovn_u16(vcombine_u16(y[2], y[3]))));
+}
+
+// in ranges of 8 that begin at -128: how many half steps into it the nearest value changes (16: not), and to the how manieth
+struct nearest16 {
+    uint8_t at   [32];
+    uint8_t first[32];
+    int8_t  value[16];
+
+    constexpr nearest16(const table16 & values, const table16 & result) : at(), first(), value() {
+        for (int i = 0; i < 32; ++i) {
+            const int begin = 2*(8*i - 128);
+            int k = 0;
+            while (k < 15 && values.v[k] + values.v[k + 1] < begin) {
+                k++;
+            }
+            const int step = k < 15 ? values.v[k] + values.v[k + 1] - begin : 16;
+            at   [i] = (uint8_t) (step < 16 ? step : 16);
+            first[i] = (uint8_t) k;
+        }
+        for (int i = 0; i < 16; ++i) {
+            value[i] = result.v[i];
+        }
+    }
+};
+
+V_INLINE vf v_nearest(vf x, const nearest16 & t) {
+    // borders are whole numbers of half steps, so that whole ones of x can be compared with them
+    int32x4_t n = vcvtmq_s32_f32(vaddq_f32(x, x));
+    n = vminq_s32(vmaxq_s32(n, vdupq_n_s32(-256)), vdupq_n_s32(255));
+    // look-ups in the lowest byte of a lane; what is no index gives 0
+    const uint32x4_t none  = vdupq_n_u32(0xFFFFFF00);
+    const uint8x16_t range = vreinterpretq_u8_u32(vorrq_u32(vreinterpretq_u32_s32(vaddq_s32(vshrq_n_s32(n, 4), vdupq_n_s32(16))), none));
+    const uint32x4_t at    = vreinterpretq_u32_u8(vqtbl2q_u8(vld1q_u8_x2(t.at),    range));
+    const uint32x4_t first = vreinterpretq_u32_u8(vqtbl2q_u8(vld1q_u8_x2(t.first), range));
+    const uint32x4_t above = vcgeq_u32(vandq_u32(vreinterpretq_u32_s32(n), vdupq_n_u32(15)), at);
+    const uint8x16_t k     = vreinterpretq_u8_u32(vorrq_u32(vsubq_u32(first, above), none));
+    const int32x4_t  value = vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(t.value), k));
+    return vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(value, 24), 24));
 }
 
 V_INLINE vf v_hadamard(vf x) {

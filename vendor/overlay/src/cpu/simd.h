@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include "ggml.h"
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -49,6 +51,35 @@ V_INLINE int32_t load_i32(const void * p) {
     memcpy(&res, p, sizeof(res));
     return res;
 }
+
+// what nibbles stand for
+struct table16 {
+    alignas(16) int8_t v[16];
+};
+
+// Which of 16 values is nearest, in 32 ranges of -150 to 140: where in a range it changes, and what stands for it on either
+// side. The middles between values are further apart than a range is wide. (A middle at a border is in both ranges.)
+struct ranges16 {
+    static constexpr float factor = 1.0f/9.25f; // range i: x*factor + first is i when rounded
+    static constexpr float first  = 16.0f;
+
+    alignas(64) float mid[32];
+    alignas(64) float lo [32];
+    alignas(64) float hi [32];
+
+    constexpr ranges16(const table16 & values, const table16 & result) : mid(), lo(), hi() {
+        for (int i = 0; i < 32; ++i) {
+            const float begin = (i - first - 0.5f)/factor - 0.01f;
+            int k = 0; // values that come before
+            while (k < 15 && (values.v[k] + values.v[k + 1])/2.0f < begin) {
+                k++;
+            }
+            mid[i] = k < 15 ? (values.v[k] + values.v[k + 1])/2.0f : 0.0f;
+            lo [i] = result.v[k];
+            hi [i] = result.v[k < 15 ? k + 1 : 15];
+        }
+    }
+};
 
 V_INLINE float f32_from_bits(uint32_t bits) {
     float res;

@@ -139,45 +139,22 @@ KVM_UNROLL
     }
 }
 
-// a template for every number of rows up to the one that fits in registers
-template <class row, int N>
-void dot_rows_n(int n, const float * Q, int64_t ld, const tile & k, float * S) {
-    if (n == N) {
-        dot_rows<row, N>(Q, ld, k, S);
-    } else if constexpr (N > 1) {
-        dot_rows_n<row, N - 1>(n, Q, ld, k, S);
-    }
-}
-
-template <class row, int N>
-void acc_rows_n(int n, const float * P, const tile & v, float * O, int64_t ld) {
-    if (n == N) {
-        acc_rows<row, N>(P, v, O, ld);
-    } else if constexpr (N > 1) {
-        acc_rows_n<row, N - 1>(n, P, v, O, ld);
-    }
-}
-
 //
 // the functions of a format, see llama_kv_mixed_format
 //
 
 template <class row>
 void dot_float(const llama_kv_mixed_dot & a) {
-    const int size = group_size(a.n_rows, V_ROWS_DOT);
-    for (int64_t r = 0; r < a.n_rows; r += size) {
-        const int n = (int) (a.n_rows - r < size ? a.n_rows - r : size);
-        dot_rows_n<row, V_ROWS_DOT>(n, a.Q + r*a.ld, a.ld, a.k, a.S + r*TILE);
-    }
+    for_groups<V_ROWS_DOT>(a.n_rows, [&](auto n, int64_t r) {
+        dot_rows<row, n.value>(a.Q + r*a.ld, a.ld, a.k, a.S + r*TILE);
+    });
 }
 
 template <class row>
 void acc_float(const llama_kv_mixed_acc & a) {
-    const int size = group_size(a.n_rows, V_ROWS_ACC);
-    for (int64_t r = 0; r < a.n_rows; r += size) {
-        const int n = (int) (a.n_rows - r < size ? a.n_rows - r : size);
-        acc_rows_n<row, V_ROWS_ACC>(n, a.P + r*TILE, a.v, a.O + r*a.ld, a.ld);
-    }
+    for_groups<V_ROWS_ACC>(a.n_rows, [&](auto n, int64_t r) {
+        acc_rows<row, n.value>(a.P + r*TILE, a.v, a.O + r*a.ld, a.ld);
+    });
 }
 
 template <class row>

@@ -2,14 +2,14 @@
 
 #pragma once
 
-#include "formats/tile.h"
+#include "formats/float.h"
 
 namespace {
 
 // row: a struct with
-//   size:         bytes of a block: its scale (F16), then its values
-//   bias:         what is added to the values as they are stored
-//   load_pairs(): the values of a block in each of four rows, see v_load_i4_pairs(); p: those of the first row
+//   size:         bytes of a block, which begins with its scale (F16)
+//   bias_acc:     what load_pairs() adds to the values
+//   load_pairs(): the values of a block in each of four rows, see v_load_i4_pairs(); p: the block of the first row
 
 // Weights are rounded to 15 bits of pmax, scales to 15 bits of the tile's largest one, and so are their products: the sums
 // over a tile fit in 32 bits (15 bits, 8 of a value at most, 7 for the cells).
@@ -73,7 +73,7 @@ KVM_UNROLL
             }
             for (int r = 0; r < N; ++r) {
                 unit[i][r] = pmax[r]*dmax[i]*(32768.0f/(32767.0f*32767.0f));
-                sum [i][r] = -row::bias*v_ihsum(total[r]);
+                sum [i][r] = -row::bias_acc*v_ihsum(total[r]);
             }
         }
 
@@ -87,7 +87,7 @@ KVM_UNROLL
                 }
             }
 
-            const uint8_t * x = v.data + (b0 + i)*row::size + 2;
+            const uint8_t * x = v.data + (b0 + i)*row::size;
 
             for (int j = 0; j < v.n; j += 4, x += 4*v.nb) {
                 next.visit(4);
@@ -119,18 +119,14 @@ KVM_UNROLL
     }
 }
 
-template <class row, int N>
-void acc_rows_int_n(int n, const float * P, const float * pmax, const tile & v, const bool * live, float * O, int64_t ld) {
-    if (n == N) {
-        acc_rows_int<row, N>(P, pmax, v, live, O, ld);
-    } else if constexpr (N > 1) {
-        acc_rows_int_n<row, N - 1>(n, P, pmax, v, live, O, ld);
-    }
-}
-
-// see llama_kv_mixed_format; a.v.n must be a multiple of 4
+// see llama_kv_mixed_format
 template <class row>
 void acc_int(const llama_kv_mixed_acc & a) {
+    if (a.v.n % 4 != 0) {
+        acc_float<row>(a);
+        return;
+    }
+
     bool live[TILE] = {};
     for (int64_t r = 0; a.masked && r < a.n_rows; ++r) {
         for (int j = 0; j < a.v.n; ++j) {
@@ -138,11 +134,9 @@ void acc_int(const llama_kv_mixed_acc & a) {
         }
     }
 
-    const int size = group_size(a.n_rows, V_ROWS_ACC);
-    for (int64_t r = 0; r < a.n_rows; r += size) {
-        const int n = (int) (a.n_rows - r < size ? a.n_rows - r : size);
-        acc_rows_int_n<row, V_ROWS_ACC>(n, a.P + r*TILE, a.pmax + r, a.v, a.masked ? live : nullptr, a.O + r*a.ld, a.ld);
-    }
+    for_groups<V_ROWS_ACC>(a.n_rows, [&](auto n, int64_t r) {
+        acc_rows_int<row, n.value>(a.P + r*TILE, a.pmax + r, a.v, a.masked ? live : nullptr, a.O + r*a.ld, a.ld);
+    });
 }
 
 } // namespace

@@ -34,8 +34,24 @@ KVM_UNROLL
     }
 };
 
+// the value of a block at x that is largest in size, with its sign; the first one where there are two; 0 has no sign
+V_INLINE float largest(const float * x, const block_f32 & b) {
+    const float hi =  b.max([](vf y) { return y; });
+    const float lo = -b.max([](vf y) { return v_sub(v_zero(), y); });
+
+    float res = hi > -lo ? hi : lo;
+    if (hi == -lo) {
+        res = 0.0f;
+        for (int i = 0; i < BLOCK && res == 0.0f; ++i) {
+            res = x[i] == hi || x[i] == lo ? x[i] : 0.0f;
+        }
+        res = res == 0.0f ? 0.0f : res;
+    }
+    return res;
+}
+
 V_INLINE void store_scale(uint8_t * dst, float d) {
-    const ggml_fp16_t x = ggml_fp32_to_fp16(d);
+    const uint16_t x = f16_from_f32(d);
     memcpy(dst, &x, sizeof(x));
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "formats/float.h"
+#include "formats/iq4_nl.h"
 #include "formats/q4_0.h"
 #include "formats/q8_0.h"
 
@@ -20,7 +21,7 @@ constexpr llama_kv_mixed_format formats[] = {
     format_q8_0,
     format_q4_0,
     make_ggml_format("q4_1",   GGML_TYPE_Q4_1),
-    make_ggml_format("iq4_nl", GGML_TYPE_IQ4_NL),
+    format_iq4_nl,
     make_ggml_format("q5_0",   GGML_TYPE_Q5_0),
     make_ggml_format("q5_1",   GGML_TYPE_Q5_1),
 };

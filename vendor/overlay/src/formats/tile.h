@@ -54,10 +54,29 @@ private:
     int64_t       n = 0;
 };
 
-// n rows in groups of nearly equal size, none above the most
-V_INLINE int group_size(int64_t n, int most) {
-    const int64_t n_group = (n + most - 1)/most;
-    return (int) ((n + n_group - 1)/n_group);
+template <int N>
+struct number {
+    static constexpr int value = N;
+};
+
+// f(number<n>()), n from 1 to MOST: what is a template for every number of rows
+template <int MOST, class F>
+V_INLINE void with_number(int n, const F & f) {
+    if (n == MOST) {
+        f(number<MOST>());
+    } else if constexpr (MOST > 1) {
+        with_number<MOST - 1>(n, f);
+    }
+}
+
+// n rows in groups of nearly equal size, none above the most that fit in registers: f(number of rows, the first of them)
+template <int MOST, class F>
+V_INLINE void for_groups(int64_t n, const F & f) {
+    const int64_t n_group = (n + MOST - 1)/MOST;
+    const int64_t size    = (n + n_group - 1)/n_group;
+    for (int64_t r = 0; r < n; r += size) {
+        with_number<MOST>((int) (n - r < size ? n - r : size), [&](auto n_rows) { f(n_rows, r); });
+    }
 }
 
 // A tile whose rows are read in whole vectors of cells: where the last one has fewer, the rows are copied to room, with

@@ -1,0 +1,143 @@
+// Rows whose values are nibbles: blocks of 32 values that begin with a scale (F16) and end with 16 bytes; byte i has the
+// values i (low nibble) and i + 16. Few query rows meet K with queries in 8 bits, as ggml's own.
+
+#pragma once
+
+#include "formats/float.h"
+#include "formats/int-acc.h"
+#include "formats/int-dot.h"
+
+namespace {
+
+// sums of products of bytes with those of a query
+struct sum_u8 { // of bytes up to 15
+    va s;
+    V_INLINE void clear()                  { s = v_dot_zero(); }
+    V_INLINE void add(vi x, int32_t query) { s = v_dot(s, x, query); }
+    V_INLINE vi   value() const            { return v_dot_int(s); }
+};
+struct sum_i8 { // of any, to which V_DOT8_BIAS has been added
+    vi s;
+    V_INLINE void clear()                  { s = v_izero(); }
+    V_INLINE void add(vi x, int32_t query) { s = v_dot8(s, x, query); }
+    V_INLINE vi   value() const            { return s; }
+};
+
+// what rows of nibbles have in common; derived from it: a struct with
+//   bias:       what is added to the values as they meet queries
+//   sum:        sums of lo() and hi() times queries
+//   lo(), hi(): values of four bytes of every cell, as bytes
+//   pair<N>:    nibble_pair of itself
+// and what dot_float() and acc_int() want
+template <int n_bytes, int n_values_at>
+struct row_nibbles {
+    static constexpr bool scaled  = true;
+    static constexpr int  size    = n_bytes;     // bytes of a block
+    static constexpr int  at      = n_values_at; // where its nibbles begin
+    static constexpr int  n_words = size/2;      // of two blocks
+    static constexpr int  n_pairs = (2*n_words + 3)/4 < 2*((n_words + 3)/4) ? 2 : 1;
+
+    struct query {
+        int32_t word[2][n_words]; // those that meet the low nibbles, and the high ones
+        float   d  [2];           // scale of the query's block
+        int32_t sum[2];           // what the bias makes of its values, negative
+    };
+};
+
+// A block of values with the largest at 127, as ggml's Q8_0: the first 16 to lo, the others to hi. Returns the scale.
+V_INLINE float quantize_query(const float * x, int8_t * lo, int8_t * hi, int32_t & sum) {
+    const block_f32 b(x);
+    const float amax = b.max([](vf y) { return v_abs(y); });
+
+    const vf scale = v_set(amax > 0.0f ? 127.0f/amax : 0.0f);
+    vi total = v_izero();
+KVM_UNROLL
+    for (int j = 0; j < V_BLOCK; ++j) {
+        const vi y = v_to_int(v_mul(b.v[j], scale));
+        v_store_i8((j*V_LEN < 16 ? lo : hi) + j*V_LEN%16, y);
+        total = v_iadd(total, y);
+    }
+    sum = v_ihsum(total);
+    return amax/127.0f;
+}
+
+// see llama_kv_mixed_format
+template <class row>
+void load_query_nibbles(const float * Q, int64_t n_embd, void * query, int64_t r, int64_t n_rows) {
+    auto * dst = (typename row::query *) query + r; // pair by pair, n_rows from one to the next
+
+    for (int64_t i = 0; i < n_embd/(2*BLOCK); ++i, dst += n_rows) {
+        int8_t byte[2][2*row::size] = {};
+        for (int b = 0; b < 2; ++b) {
+            const int at = b*row::size + row::at;
+            int32_t sum;
+            dst->d  [b] = quantize_query(Q + (2*i + b)*BLOCK, byte[0] + at, byte[1] + at, sum);
+            dst->sum[b] = -row::bias*sum;
+        }
+        memcpy(dst->word, byte, sizeof(byte));
+    }
+}
+
+// see dot_rows_int()
+template <class row, int N>
+struct nibble_pair {
+    using query = typename row::query;
+
+    // of their own for low and high nibbles where registers allow it: the additions of one sum wait for each other
+    typename row::sum s[2][V_DOT_SUMS][N];
+    vf d[2];
+
+    V_INLINE void clear() {
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+KVM_UNROLL
+            for (int i = 0; i < V_DOT_SUMS; ++i) {
+                s[0][i][r].clear();
+                s[1][i][r].clear();
+            }
+        }
+    }
+
+    V_INLINE void add(vi word, int w, const query * Q) {
+        if (w == 0) {
+            clear();
+            d[0] = v_f16_lo(word);
+        } else if (w == row::size/4) {
+            d[1] = v_f16_hi(word);
+        }
+        const vi lo = row::lo(word);
+        const vi hi = row::hi(word);
+        auto & sum = s[w > (row::size - 1)/4];
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+            sum[0][r].add(lo, Q[r].word[0][w]);
+        }
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+            sum[V_DOT_SUMS - 1][r].add(hi, Q[r].word[1][w]);
+            KVM_KEEP(sum[V_DOT_SUMS - 1][r].s);
+        }
+    }
+
+    V_INLINE void add_to(vf acc[N], const query * Q) const {
+KVM_UNROLL
+        for (int r = 0; r < N; ++r) {
+KVM_UNROLL
+            for (int b = 0; b < 2; ++b) {
+                vi sum = v_iset(Q[r].sum[b]);
+KVM_UNROLL
+                for (int i = 0; i < V_DOT_SUMS; ++i) {
+                    sum = v_iadd(sum, s[b][i][r].value());
+                }
+                acc[r] = v_fma(v_from_int(sum), v_mul(d[b], v_set(Q[r].d[b])), acc[r]);
+            }
+        }
+    }
+};
+
+template <class row>
+constexpr llama_kv_mixed_format make_nibble_format(const char * name, ggml_type type, decltype(llama_kv_mixed_format::quantize) quantize) {
+    return { name, type, nullptr, quantize, expand_float<row>, dot_int<row>, acc_int<row>, sizeof(typename row::query), load_query_nibbles<row> };
+}
+
+} // namespace
