@@ -182,6 +182,8 @@ int32_t llama_chat_apply_template(
 
 // vocab
 
+bool    llama_vocab_get_add_bos(const struct llama_vocab * vocab);
+bool    llama_vocab_get_add_eos(const struct llama_vocab * vocab);
 int32_t llama_vocab_type    (const struct llama_vocab * vocab);
 int32_t llama_vocab_n_tokens(const struct llama_vocab * vocab);
 bool    llama_vocab_is_eog  (const struct llama_vocab * vocab, int32_t token);
