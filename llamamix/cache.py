@@ -21,6 +21,7 @@ from ._fork import check_threads, note_threads
 from ._handle import ExclusiveHandle
 from .errors import CacheError, ParamsError
 from .formats import FORMATS
+from .held import Held
 from .params import N_LAYER_MAX, N_SEQ_MAX, KVMixedParams, check_int, from_options
 from .sbatch import UBatch
 from .sequences import Sequences
@@ -78,9 +79,8 @@ class KVCache(Sequences):
         self._context = context
         self._first = Tier(handle, _HOT, n_pad)  # the only one, unless the cache is mixed
         known = None if context is None else context.memory
-        super().__init__(
-            n_seq_max, self._first.n_stream, known is not None and known.has_multi_pos, known.gaps if known else set()
-        )
+        held = known.held if known else Held()
+        super().__init__(n_seq_max, self._first.n_stream, known is not None and known.has_multi_pos, held)
 
     @classmethod
     def from_model(cls, model: Model, *args: Any, **options: Any) -> Any:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from ._ffi import error_lines, ffi, lib, sized
+from ._ffi import error_lines, ffi, lib, log, sized
 from ._fork import check_threads, note_threads
 from .create import create_context
 from .errors import ContextError, ContextFullError, ParamsError, check
 from .generate import generate
+from .held import common_prefix
 from .memory import Memory
 from .model import Model, as_tokens
 from .params import N_THREADS_MAX, POS_MAX, ContextParams, KVMixedParams, SamplingParams, check_int, from_options
@@ -46,7 +47,8 @@ class Context:
         self._n_vocab = model.n_vocab
         self._n_embd_out = model.n_embd_out
         self._has_multi_pos = model.has_multi_pos
-        self._is_recurrent = model.is_recurrent
+        self._n_swa = model.n_swa
+        self._has_states = model.is_recurrent or model.is_hybrid
         self._n_cls_out = model.n_cls_out
 
         #: cells, of all sequences together
@@ -67,6 +69,10 @@ class Context:
             has_multi_pos=self._has_multi_pos,
         )
 
+        #: tokens that the last chat() found in the KV cache; it computed the others
+        self.n_kept = 0
+
+        self._room_is_known = not model.is_recurrent and self._pooling.causal and self._pooling.has_memory
         self._pooling_type = int(lib.llama_pooling_type(pointer))
         self._n_threads_max = max(lib.llama_n_threads(pointer), lib.llama_n_threads_batch(pointer))
         self._n_outputs = 0  # of the last llama_decode()
@@ -148,14 +154,55 @@ class Context:
         batch = Tokens(tokens, pos_all, np.full(n, seq_id, np.int32), np.ones(n, np.int32), output)
         self._decode(ctx, batch, {seq_id: (first, n)})
 
-    def _decode_row(self, tokens: np.ndarray, seq_id: int) -> np.ndarray:
-        """Decode tokens and take the last one's logits before another thread can decode."""
+    def _decode_row(self, tokens: np.ndarray, seq_id: int, whole: bool = False) -> np.ndarray:
+        """Decode tokens and take the last one's logits before another thread can decode.
+
+        ``whole``: the tokens are to be all that the sequence holds; those that it begins with already are kept.
+        """
         with self._handle as ctx:
+            if whole:
+                self.n_kept = self._keep_prefix(ctx, tokens, seq_id)
+                tokens = tokens[self.n_kept :]
             self._decode_sequence(ctx, tokens, None, seq_id, _ends(len(tokens), [len(tokens) - 1]))
             pointer = lib.llama_get_logits(ctx)
             if pointer == ffi.NULL:
                 raise ContextError("There are no logits to draw a token from.")
             return _copy_rows(pointer + (self._n_outputs - 1) * self._n_vocab, 1, self._n_vocab)[0]
+
+    def _keep_prefix(self, ctx: Any, tokens: np.ndarray, seq_id: int) -> int:
+        """Remove what a sequence does not have in common with tokens; how many are left, fewer than the tokens.
+
+        Raises ContextFullError for more tokens than the context holds, and nothing is removed then.
+        """
+        n_all = len(tokens)
+        if self._room_is_known:
+            self._check_cells(seq_id, n_all)
+        memory, held = lib.llama_get_memory(ctx), self.memory.held
+        n_held = self._next_pos(ctx, seq_id)
+        known = held.tokens(seq_id)
+        if known is None or len(known) != n_held or not self._pooling.causal:
+            known = tokens[:0]
+        n = min(common_prefix(known, tokens), n_all - 1)
+        if 0 < n == n_held:
+            return n
+        if n > 0:
+            # the next token needs those of its windows, and of those n_swa - 1 before it
+            has_windows = lib.llama_memory_seq_pos_min(memory, seq_id) <= max(0, n - self._n_swa)
+            if has_windows and lib.llama_memory_seq_rm(memory, seq_id, n, -1):
+                held.cut(seq_id, n)
+                return n
+            if self._has_states:
+                why = "the states of recurrent layers have no way back"
+            else:
+                why = "the tokens in its sliding windows are gone"
+            log.warning(
+                "Sequence %d holds %d tokens, and the first %d are those of the conversation, but the cache can not go"
+                " back to them: %s. All %d are computed.", seq_id, n_held, n, why, n_all,
+            )  # fmt: skip
+        if n_held > 0:
+            lib.llama_memory_seq_rm(memory, seq_id, -1, -1)
+        held.cut(seq_id, 0)
+        return 0
 
     def _next_pos(self, ctx: Any, seq_id: int) -> int:
         return int(lib.llama_memory_seq_pos_max(lib.llama_get_memory(ctx), seq_id)) + 1
@@ -170,27 +217,39 @@ class Context:
 
         self._has_outputs = False
         self._earlier.clear()
-        for start in range(0, n, self.n_batch):
-            part = batch if n <= self.n_batch else batch[start : start + self.n_batch]
-            code, reason = self._call_decode(ctx, part)
-            if code == 1 and start > 0:
-                self._undo(ctx, spans)
-            check(code, f"{n} tokens can not be decoded", reason)
-            self._n_outputs = part.n_outputs
-            if start + self.n_batch < n and self._n_outputs > 0:
-                self._earlier.append((self._copy_logits(ctx), self._copy_embeddings(ctx)))
+        try:
+            for start in range(0, n, self.n_batch):
+                part = batch if n <= self.n_batch else batch[start : start + self.n_batch]
+                code, reason = self._call_decode(ctx, part)
+                if code == 1 and start > 0:
+                    self._undo(ctx, spans)
+                check(code, f"{n} tokens can not be decoded", reason)
+                self._n_outputs = part.n_outputs
+                if start + self.n_batch < n and self._n_outputs > 0:
+                    self._earlier.append((self._copy_logits(ctx), self._copy_embeddings(ctx)))
+        finally:
+            self._note_held(ctx, batch, spans)
         self._has_outputs = True
+
+    def _note_held(self, ctx: Any, batch: Tokens, spans: Mapping[int, tuple[int, int]]) -> None:
+        """Remember the tokens of a batch, as far as it was decoded."""
+        for seq_id, (first, _) in spans.items():
+            n_done = self._next_pos(ctx, seq_id) - first
+            tokens, pos = batch.of(seq_id)
+            if n_done > 0:
+                self.memory.held.add(seq_id, pos[:n_done], tokens[:n_done])
 
     def _check_room(self, ctx: Any, spans: Mapping[int, tuple[int, int]]) -> None:
         """Refuse what certainly does not fit, before anything is computed."""
-        if self._is_recurrent or not (self._pooling.causal and self._pooling.has_memory):
-            return
-        for seq_id, (first, n) in spans.items():
-            n_cells = self.memory.n_cells(ctx, seq_id, first, n)
-            if n_cells > self.n_ctx_seq:
-                raise ContextFullError(
-                    f"Sequence {seq_id} would have {n_cells} tokens, and the context holds {self.n_ctx_seq}.", 1
-                )
+        if self._room_is_known:
+            for seq_id, (first, n) in spans.items():
+                self._check_cells(seq_id, self.memory.n_cells(ctx, seq_id, first, n))
+
+    def _check_cells(self, seq_id: int, n_cells: int) -> None:
+        if n_cells > self.n_ctx_seq:
+            raise ContextFullError(
+                f"Sequence {seq_id} would have {n_cells} tokens, and the context holds {self.n_ctx_seq}.", 1
+            )
 
     def _call_decode(self, ctx: Any, part: Tokens) -> tuple[int, str]:
         note_threads(self._n_threads_max)
@@ -311,28 +370,50 @@ class Context:
         stream = TextStream(stop)
         sampler = Sampler(self.model, sampling or SamplingParams())
 
-        def decode(part: np.ndarray) -> np.ndarray:
-            return self._decode_row(part, seq_id)
-
-        return generate(self.model, decode, tokens, max_tokens, sampler, stream)
+        return self._generate(tokens, False, max_tokens, sampler, stream, seq_id)
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Iterable[Mapping[str, Any]],
         max_tokens: int = 512,
         sampling: SamplingParams | None = None,
         stop: str | Iterable[str] = (),
         seq_id: int = 0,
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        template: str | None = None,
     ) -> Iterator[str]:
-        """The assistant's answer to messages, each ``{"role": ..., "content": ...}``, piece by piece.
+        """The assistant's answer to messages, piece by piece.
 
-        The sequence is emptied first: the messages are the whole conversation. Otherwise like generate().
+        messages   the whole conversation, as Model.apply_chat_template() takes it, like the last three
+        tools      what the assistant may call; how it does is up to the model
+        variables  what else the template is to know, such as ``{"enable_thinking": False}``
+        template   None: the model's own
+
+        What the sequence holds of the conversation already is not computed again (``n_kept`` tells how many tokens that
+        is), everything else is removed from it. A cache that can not go back to where the two part, for its recurrent
+        layers or its small cache of sliding windows, is emptied, with a warning in the log; one that need not go back
+        is kept. Otherwise like generate(), and raises what Model.apply_chat_template() raises.
         """
-        text = self.model.apply_chat_template(messages)
-        tokens = self.model.tokenize(text, parse_special=True)
-        pieces = self.generate(tokens, max_tokens, sampling, stop, seq_id)
-        self.memory.seq_rm(seq_id)
-        return pieces
+        check_int(max_tokens, "max_tokens", 1, POS_MAX)
+        check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
+        text = self.model.apply_chat_template(messages, template=template, tools=tools, variables=variables)
+        tokens = as_tokens(self.model.tokenize(text, parse_special=True), self._n_vocab)
+        stream = TextStream(stop)
+        sampler = Sampler(self.model, sampling or SamplingParams())
+        return self._generate(tokens, True, max_tokens, sampler, stream, seq_id)
+
+    def _generate(
+        self, prompt: np.ndarray, whole: bool, max_tokens: int, sampler: Sampler, stream: TextStream, seq_id: int
+    ) -> Iterator[str]:
+        def start() -> np.ndarray:
+            return self._decode_row(prompt, seq_id, whole)
+
+        def decode(token: int) -> np.ndarray:
+            return self._decode_row(np.array([token], np.int32), seq_id)
+
+        return generate(self.model, start, decode, max_tokens, sampler, stream)
 
     #
     # state

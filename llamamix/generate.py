@@ -14,31 +14,31 @@ from .text import TextStream
 
 def generate(
     model: Model,
-    decode: Callable[[np.ndarray], np.ndarray],
-    prompt: np.ndarray,
+    start: Callable[[], np.ndarray],
+    decode: Callable[[int], np.ndarray],
     max_tokens: int,
     sampler: Sampler,
     stream: TextStream,
 ) -> Iterator[str]:
     """Go on after a prompt, and yield the text piece by piece.
 
-    decode   adds tokens, int32 [n], to the sequence, and gives the last one's logits, float32 [n_vocab]
-    prompt   token ids, int32 [n]
+    start    puts the prompt into the sequence, and gives its last token's logits, float32 [n_vocab]
+    decode   adds a token to the sequence, and gives its logits
     sampler  draws the tokens, and is closed at the end
     stream   makes text of them
 
-    What was drawn is decoded before its text is yielded. Raises what ``decode`` raises, ContextFullError after all
-    text.
+    What was drawn is decoded before its text is yielded. Raises what ``start`` and ``decode`` raise, ContextFullError
+    after all text.
     """
     try:
-        logits = decode(prompt)
+        logits = start()
         for _ in range(max_tokens):
             token = sampler.sample(logits)
             if model.is_eog(token):
                 break
             text = stream.feed(model.token_to_piece(token))
             try:
-                logits = decode(np.array([token], np.int32))
+                logits = decode(token)
             except ContextFullError:
                 text += stream.finish()
                 if text:

@@ -9,6 +9,7 @@ from typing import Any
 from ._ffi import lib
 from ._handle import ExclusiveHandle
 from .errors import ContextError
+from .held import Held
 from .sequences import Sequences
 
 
@@ -18,7 +19,7 @@ class Memory(Sequences):
     _error = ContextError
 
     def __init__(self, handle: ExclusiveHandle, *, n_seq_max: int, n_stream: int, has_multi_pos: bool) -> None:
-        super().__init__(n_seq_max, n_stream, has_multi_pos, gaps=set())
+        super().__init__(n_seq_max, n_stream, has_multi_pos, Held())
         self._handle = handle
 
     @contextlib.contextmanager
@@ -30,7 +31,7 @@ class Memory(Sequences):
         """Cells that a sequence certainly has when n tokens are added from position ``first`` on."""
         pos_min = lib.llama_memory_seq_pos_min(lib.llama_get_memory(ctx), seq_id)
         if pos_min < 0:
-            self.gaps.discard(seq_id)  # nothing is missing where nothing is
-        if pos_min < 0 or seq_id in self.gaps or self.has_multi_pos:  # positions of M-RoPE jump, or tokens share them
+            self.held.cut(seq_id, 0)  # nothing is missing where nothing is
+        if pos_min < 0 or seq_id in self.held.gaps or self.has_multi_pos:  # positions of M-RoPE jump, or tokens share them
             return n
         return first + n - pos_min

@@ -54,6 +54,13 @@ class Tokens:
         of_each = {int(seq_id): pos[self.seq_ids == seq_id] for seq_id in np.unique(self.seq_ids)}
         return {seq_id: (int(own[0]), len(own)) for seq_id, own in of_each.items()}
 
+    def of(self, seq_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a sequence and their positions."""
+        mine = self.seq_ids == seq_id
+        if len(mine) != len(self) or not mine.all():
+            mine = np.repeat(np.arange(len(self)), self.n_seq)[mine]
+        return self.tokens[mine], self.pos[mine]
+
     def to_c(self) -> tuple[Any, list[Any]]:
         """A ``struct llama_batch`` and what has to stay alive as long as it is used."""
         starts = np.concatenate(([0], np.cumsum(self.n_seq[:-1])))
