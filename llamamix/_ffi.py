@@ -20,7 +20,7 @@ import cffi
 
 from .errors import LibraryError
 
-ffi = cffi.FFI()
+ffi: Any = cffi.FFI()
 
 log = logging.getLogger("llamamix")
 log.addHandler(logging.NullHandler())
@@ -144,7 +144,7 @@ class _Library:
 
         _check_layout(handles[0], path)
         self._handles = tuple(handles)
-        self.llama_log_set(_on_log, ffi.NULL)
+        self.llama_log_set(_C_ON_LOG, ffi.NULL)
         if self.ggml_backend_reg_count() == 0:  # a build whose backends are plug-ins
             self.ggml_backend_load_all_from_path(os.fsencode(folder))
         self.llama_backend_init()
@@ -200,7 +200,6 @@ def _on_log_raised(_type: Any, error: BaseException, _traceback: Any) -> None:
     _thread.raised = error
 
 
-@ffi.callback("void(int32_t, char *, void *)", onerror=_on_log_raised)
 def _on_log(level: int, text: Any, _user_data: Any) -> None:
     line = getattr(_thread, "line", None)
     if level != _LEVEL_CONT:
@@ -220,6 +219,9 @@ def _on_log(level: int, text: Any, _user_data: Any) -> None:
         _thread.line = line
 
 
+_C_ON_LOG = ffi.callback("void(int32_t, char *, void *)", _on_log, onerror=_on_log_raised)
+
+
 def _emit(level: int, text: str) -> None:
     text = text.strip("\n")
     if not text:
@@ -230,7 +232,7 @@ def _emit(level: int, text: str) -> None:
     log.log(level, "%s", text)
 
 
-class ErrorLines(list):
+class ErrorLines(list[str]):
     """Errors that the library logged."""
 
     def reason(self) -> str:

@@ -29,6 +29,8 @@ from .stats import CacheStats
 from .tier import Tier, checked
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from .context import Context
     from .model import Model
 
@@ -83,7 +85,7 @@ class KVCache(Sequences):
         super().__init__(n_seq_max, self._first.n_stream, known is not None and known.has_multi_pos, held)
 
     @classmethod
-    def from_model(cls, model: Model, *args: Any, **options: Any) -> Any:
+    def from_model(cls, model: Model, *args: Any, **options: Any) -> Self:
         """A cache of its own that has the layers, the heads and the head sizes of a model.
 
         The rest is as for the constructor. Rows are not rotated, whatever the types.
@@ -98,9 +100,10 @@ class KVCache(Sequences):
         head_size_k, head_size_v = model.head_sizes()
         shape = {"n_layer": model.n_layer, "n_head_kv": model.n_head_kv}
         make: Any = cls  # the constructors of the subclasses
-        return make(*args, **shape, head_size_k=head_size_k, head_size_v=head_size_v, **options)
+        cache: Self = make(*args, **shape, head_size_k=head_size_k, head_size_v=head_size_v, **options)
+        return cache
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:

@@ -34,4 +34,4 @@ class Memory(Sequences):
             self.held.cut(seq_id, 0)  # nothing is missing where nothing is
         if pos_min < 0 or seq_id in self.held.gaps or self.has_multi_pos:  # positions of M-RoPE jump, or tokens share them
             return n
-        return first + n - pos_min
+        return first + n - int(pos_min)

@@ -6,16 +6,18 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ._ffi import error_lines, ffi, lib
 from ._handle import Handle
 from .errors import ModelError, ParamsError
-from .params import ModelParams, from_options
+from .params import ModelParams, options_of
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from .chat import ChatTemplate
 
 _VOCAB_TYPE_NONE = 0
@@ -58,18 +60,46 @@ def _utf8(text: Any, what: str) -> bytes:
 
 
 class Model:
-    """A model loaded from a GGUF file; ``params`` are the fields of ModelParams.
+    """A model loaded from a GGUF file.
 
-    close() (or the end of a ``with`` block) makes the object unusable at once. The weights stay in memory until the
-    last context made from it is closed too.
+    path             the file
+    n_gpu_layers     layers to keep in GPU memory, -1: all
+    main_gpu         the GPU that holds the model when ``split_mode`` is "none"
+    split_mode       over several GPUs: none, layer or row
+    load_mode        auto, none, mmap, mlock, mmap+mlock or dio
+    check_tensors    look for values that are not numbers while loading
+    use_extra_bufts  repack weights for the CPU where that is faster
+    vocab_only       load the tokenizer and the metadata, no weights
+
+    ``params`` has what was given as ModelParams. close() (or the end of a ``with`` block) makes the object unusable at
+    once. The weights stay in memory until the last context made from it is closed too.
 
     Raises ModelError when the file can not be loaded, ParamsError for a parameter that can not be used.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | bytes, **params: Any) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | bytes,
+        *,
+        n_gpu_layers: int = -1,
+        main_gpu: int = 0,
+        split_mode: Literal["none", "layer", "row"] = "layer",
+        load_mode: Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"] = "auto",
+        check_tensors: bool = False,
+        use_extra_bufts: bool = True,
+        vocab_only: bool = False,
+    ) -> None:
         self._handle: Handle | None = None
-        self.params: ModelParams = from_options(ModelParams, params)
-        self.path = _check_path(path)
+        self.params: ModelParams = ModelParams(
+            n_gpu_layers=n_gpu_layers,
+            main_gpu=main_gpu,
+            split_mode=split_mode,
+            load_mode=load_mode,
+            check_tensors=check_tensors,
+            use_extra_bufts=use_extra_bufts,
+            vocab_only=vocab_only,
+        )
+        self.path: Path = _check_path(path)
         self._templates: dict[str, ChatTemplate] = {}  # compiled, by their source
 
         with error_lines() as errors:
@@ -79,7 +109,12 @@ class Model:
         if self._handle is None:
             raise ModelError(f"{self.path} can not be loaded: {errors.reason() or 'libllama gives no reason'}.")
 
-    def __enter__(self) -> Model:
+    @classmethod
+    def from_params(cls, path: str | os.PathLike[str] | bytes, params: ModelParams) -> Self:
+        """A model loaded as ModelParams say. Raises what the constructor raises."""
+        return cls(path, **options_of(params))
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -293,7 +328,7 @@ class Model:
                 vocab, c_tokens, len(array), text, n_max, bool(remove_special), bool(unparse_special)
             )
             if n >= 0:
-                return ffi.buffer(text, n)[:].decode("utf-8", "replace")
+                return bytes(ffi.buffer(text, n)).decode("utf-8", "replace")
             n_max = -n
 
     def token_to_piece(self, token: int, special: bool = False) -> bytes:
@@ -367,7 +402,7 @@ class Model:
         handle = self.handle()
         c_name = ffi.NULL if name is None else name.encode()
         template = lib.llama_model_chat_template(handle.pointer, c_name)
-        return None if template == ffi.NULL else ffi.string(template).decode("utf-8", "replace")
+        return None if template == ffi.NULL else str(ffi.string(template).decode("utf-8", "replace"))
 
     def _compiled_template(self, source: str) -> ChatTemplate:
         from .chat import ChatTemplate
@@ -400,11 +435,11 @@ def _read_string(function: Any, *args: Any) -> str:
         size = n + 1
 
 
-def _check_path(path: Any) -> Path:
+def _check_path(given: Any) -> Path:
     try:
-        path = Path(os.fsdecode(path))
+        path = Path(os.fsdecode(given))
     except (TypeError, ValueError):
-        raise ParamsError(f"A model's path must be a str or a path, not {path!r}.") from None
+        raise ParamsError(f"A model's path must be a str or a path, not {given!r}.") from None
     if "\0" in str(path):
         raise ParamsError("A model's path can not have a NUL character.")
     if path.is_dir():

@@ -69,7 +69,7 @@ def _check_bool(params: Any, name: str) -> None:
         raise ParamsError(f"{name} must be True or False, not {getattr(params, name)!r}.")
 
 
-def _check_name(params: Any, name: str, names: Mapping[str, int]) -> None:
+def _check_name(params: Any, name: str, names: Mapping[str, Any]) -> None:
     value = getattr(params, name)
     if not isinstance(value, str) or value not in names:
         raise ParamsError(f"{name} must be one of {', '.join(names)}, not {value!r}.")
@@ -86,6 +86,11 @@ def from_options(cls: type, options: Mapping[str, Any]) -> Any:
     """An instance of a parameter class; a name that it does not have raises ParamsError."""
     _reject_unknown(cls, options)
     return cls(**options)
+
+
+def options_of(params: Any) -> dict[str, Any]:
+    """The fields of a parameter class as keyword arguments."""
+    return {field.name: getattr(params, field.name) for field in fields(params)}
 
 
 #

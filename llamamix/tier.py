@@ -62,16 +62,16 @@ class Tier:
         self._handle = handle
         self._number = number
         self.n_pad = n_pad
-        self.size = int(info.size)
-        self.n_stream = int(info.n_stream)
-        self.n_layer = int(info.n_layer)
-        self.type_k = format_name(info.type_k)
-        self.type_v = format_name(info.type_v)
-        self.n_head_kv = int(info.n_head_kv)
-        self.head_size_k = int(info.n_embd_head_k)
-        self.head_size_v = int(info.n_embd_head_v)
-        self.row_size_k = int(info.row_size_k)
-        self.row_size_v = int(info.row_size_v)
+        self.size: int = int(info.size)
+        self.n_stream: int = int(info.n_stream)
+        self.n_layer: int = int(info.n_layer)
+        self.type_k: str = format_name(info.type_k)
+        self.type_v: str = format_name(info.type_v)
+        self.n_head_kv: int = int(info.n_head_kv)
+        self.head_size_k: int = int(info.n_embd_head_k)
+        self.head_size_v: int = int(info.n_embd_head_v)
+        self.row_size_k: int = int(info.row_size_k)
+        self.row_size_v: int = int(info.row_size_v)
 
     def __repr__(self) -> str:
         return f"<Tier {self.n_stream} x {self.size} cells, K {self.type_k}, V {self.type_v}>"

@@ -116,7 +116,7 @@ def output_mask(logits: Any, n: int, last: np.ndarray) -> np.ndarray:
     mask = np.asarray(logits)
     if mask.shape != (n,) or mask.dtype.kind not in "biu":
         raise ParamsError(f"logits must be 'last', 'all' or {n} truth values, one per token.")
-    return (mask != 0).astype(np.int8)
+    return np.asarray(mask != 0, np.int8)
 
 
 def check_order(pos: np.ndarray, seq_ids: np.ndarray, n_seq: np.ndarray, may_jump: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -27,7 +27,7 @@ class TemplateRefusal(Exception):
 class _Generation(Extension):
     """``{% generation %}`` marks what an assistant wrote, for training; here it is nothing but its content."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (the base class has it so)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

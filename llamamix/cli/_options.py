@@ -15,7 +15,7 @@ UNLIMITED = 2**31 - 1
 
 
 def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log on stderr")
     return parser
 
@@ -40,7 +40,7 @@ def add_prompt(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def read_prompt(args: argparse.Namespace) -> str:
     if args.file is None:
-        return args.prompt
+        return str(args.prompt)
     if args.file == "-":
         return sys.stdin.read()
     with open(args.file, encoding="utf-8") as stream:

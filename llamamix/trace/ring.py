@@ -110,9 +110,11 @@ class Trace:
             _running[_address(memory)] = self
 
             #: the cache's parameters in force
-            self.params = KVMixedParams.from_c(_filled("llama_kv_mixed_params", lib.llama_kv_mixed_get_params, memory))
+            self.params: KVMixedParams = KVMixedParams.from_c(
+                _filled("llama_kv_mixed_params", lib.llama_kv_mixed_get_params, memory)
+            )
             #: the cache as the trace began
-            self.cache = CacheStats.from_c(_filled("llama_kv_mixed_stats", lib.llama_kv_mixed_get_stats, memory))
+            self.cache: CacheStats = CacheStats.from_c(_filled("llama_kv_mixed_stats", lib.llama_kv_mixed_get_stats, memory))
 
             self._t0_us = -1
             self._layer_errors: dict[int, list[LayerError]] = {}
