@@ -79,7 +79,7 @@ def _lib_dirs() -> list[Path]:
 
 
 def _decl_files() -> list[Path]:
-    own = [_PACKAGE / "_decl" / "llama.h", _PACKAGE / "_decl" / "ggml.h"]
+    own = [_PACKAGE / "_decl" / name for name in ("llama.h", "ggml.h", "schema.h")]
     name = "llama-kv-mixed.decl.h"
     places = [
         _PACKAGE / "_decl" / name,
@@ -134,7 +134,7 @@ class _Library:
             os.add_dll_directory(str(folder.resolve()))
 
         handles = []
-        for name in ("llama", "ggml-base", "ggml"):
+        for name in ("llama", "ggml-base", "ggml", "llamamix-schema"):
             file = folder / _file_name(name)
             if file.is_file():
                 try:

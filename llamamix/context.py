@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,7 +11,7 @@ from ._ffi import lib, sized
 from ._fork import check_threads
 from .decoder import Decoder
 from .errors import ContextError, ParamsError
-from .generate import generate
+from .generation import GeneratedToken, Generation, Source
 from .model import Model, as_tokens
 from .params import N_THREADS_MAX, POS_MAX, ContextParams, KVMixedParams, SamplingParams, check_int, options_of
 from .sampling import Sampler
@@ -44,8 +44,8 @@ class Context(Decoder):
     pooling          unspecified (from the model), none, mean, cls, last or rank
     rope_freq_base   0: from the model
     rope_freq_scale  0: from the model
-    kv_mixed         the mixed KV cache: True for its defaults, KVMixedParams, a text such as "hot=256,cold=q8_0", or
-                     False for a plain one. LLAMA_KV_MIXED has no say here.
+    kv_mixed         the mixed KV cache: True for its defaults (with embeddings: a plain one), KVMixedParams, a text
+                     such as "hot=256,cold=q8_0", or False for a plain one. LLAMA_KV_MIXED has no say here.
 
     ``params`` has what was given as ContextParams. One thread uses a context at a time, others wait. close() (or the
     end of a ``with`` block) frees it.
@@ -125,42 +125,61 @@ class Context(Decoder):
         self,
         prompt: str | Iterable[int] | np.ndarray,
         max_tokens: int = 128,
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | Sampler | None = None,
         stop: str | Iterable[str] = (),
         seq_id: int = 0,
-    ) -> Iterator[str]:
+    ) -> Generation[str]:
         """Go on after a prompt, and yield the text piece by piece.
 
         prompt      a text, or token ids; it is added to what the sequence holds
         max_tokens  the most tokens to generate; a token that ends generation ends it before
-        sampling    None: SamplingParams()
+        sampling    None: SamplingParams(); a Sampler goes on from where it is, and stays open
         stop        texts that end the generation; they are not yielded
+        seq_id      the sequence
 
-        Whenever a piece is yielded the sequence holds the prompt and every token generated so far. Raises
-        ContextFullError when the context is full, after all text was yielded, and what decode() raises.
+        The Generation is an iterator for ``for`` and ``async for``, can be cancelled, and tells why it ended. Whenever
+        a piece is yielded the sequence holds the prompt and every token generated so far. Raises ContextFullError when
+        the context is full, after all text was yielded, and what decode() raises; ParamsError for arguments that can
+        not be used, before anything changes.
         """
-        check_int(max_tokens, "max_tokens", 1, POS_MAX)
-        check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
-        if isinstance(prompt, str):
-            prompt = self.model.tokenize(prompt, add_special=self.memory.seq_pos_max(seq_id) < 0)
-        tokens = as_tokens(prompt, self._n_vocab)
-        stream = TextStream(stop)
-        sampler = Sampler(self.model, sampling or SamplingParams())
+        tokens = self._prompt_tokens(prompt, seq_id)
+        source, stream = self._source(tokens, False, max_tokens, sampling, seq_id), TextStream(stop)
+        return Generation(lambda generation: source.pieces(generation, stream))
 
-        return self._generate(tokens, False, max_tokens, sampler, stream, seq_id)
+    def generate_tokens(
+        self,
+        prompt: str | Iterable[int] | np.ndarray,
+        max_tokens: int = 128,
+        sampling: SamplingParams | Sampler | None = None,
+        stop: str | Iterable[str] = (),
+        seq_id: int = 0,
+        *,
+        top: int = 0,
+    ) -> Generation[GeneratedToken]:
+        """Go on after a prompt, and yield the tokens: id, bytes, text, logprob and the most likely ones.
+
+        top  how many of the most likely tokens come with each
+
+        The token that completes a stop text is the last one, with its whole text; one that ends generation is not
+        yielded. Otherwise like generate().
+        """
+        check_int(top, "top", 0, self._n_vocab)
+        tokens = self._prompt_tokens(prompt, seq_id)
+        source, stream = self._source(tokens, False, max_tokens, sampling, seq_id), TextStream(stop)
+        return Generation(lambda generation: source.tokens(generation, stream, top))
 
     def chat(
         self,
         messages: Iterable[Mapping[str, Any]],
         max_tokens: int = 512,
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | Sampler | None = None,
         stop: str | Iterable[str] = (),
         seq_id: int = 0,
         *,
         tools: Iterable[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         template: str | None = None,
-    ) -> Iterator[str]:
+    ) -> Generation[str]:
         """The assistant's answer to messages, piece by piece.
 
         messages   the whole conversation, as Model.apply_chat_template() takes it, like the last three
@@ -173,24 +192,34 @@ class Context(Decoder):
         layers or its small cache of sliding windows, is emptied, with a warning in the log; one that need not go back
         is kept. Otherwise like generate(), and raises what Model.apply_chat_template() raises.
         """
-        check_int(max_tokens, "max_tokens", 1, POS_MAX)
-        check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
         text = self.model.apply_chat_template(messages, template=template, tools=tools, variables=variables)
         tokens = as_tokens(self.model.tokenize(text, parse_special=True), self._n_vocab)
-        stream = TextStream(stop)
-        sampler = Sampler(self.model, sampling or SamplingParams())
-        return self._generate(tokens, True, max_tokens, sampler, stream, seq_id)
+        source, stream = self._source(tokens, True, max_tokens, sampling, seq_id), TextStream(stop)
+        return Generation(lambda generation: source.pieces(generation, stream))
 
-    def _generate(
-        self, prompt: np.ndarray, whole: bool, max_tokens: int, sampler: Sampler, stream: TextStream, seq_id: int
-    ) -> Iterator[str]:
-        def start() -> np.ndarray:
-            return self._decode_row(prompt, seq_id, whole)
+    def _prompt_tokens(self, prompt: str | Iterable[int] | np.ndarray, seq_id: int) -> np.ndarray:
+        check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
+        if isinstance(prompt, str):
+            prompt = self.model.tokenize(prompt, add_special=self.memory.seq_pos_max(seq_id) < 0)
+        return as_tokens(prompt, self._n_vocab)
+
+    def _source(
+        self, prompt: np.ndarray, whole: bool, max_tokens: int, sampling: SamplingParams | Sampler | None, seq_id: int
+    ) -> Source:
+        check_int(max_tokens, "max_tokens", 1, POS_MAX)
+        check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
+        owns = not isinstance(sampling, Sampler)
+        sampler = sampling if isinstance(sampling, Sampler) else Sampler(self.model, sampling)
+        if sampler.n_vocab != self._n_vocab:
+            raise ParamsError(f"The sampler is of another model, with {sampler.n_vocab} tokens, not {self._n_vocab}.")
+
+        def start(is_cancelled: Callable[[], bool]) -> np.ndarray:
+            return self._decode_row(prompt, seq_id, whole, is_cancelled)
 
         def decode(token: int) -> np.ndarray:
             return self._decode_row(np.array([token], np.int32), seq_id)
 
-        return generate(self.model, start, decode, max_tokens, sampler, stream)
+        return Source(self.model, start, decode, max_tokens, sampler, owns)
 
     #
     # state
@@ -242,7 +271,7 @@ class Context(Decoder):
             check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
         body = state_body(state, whole=seq_id is None)
         with self._handle as ctx:
-            self._has_outputs = False
+            self._drop_outputs()
             self.memory.note_loaded(seq_id)
             load_state(ctx, body, seq_id)
 

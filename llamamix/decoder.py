@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ._ffi import error_lines, ffi, lib, log
+from ._ffi import error_lines, ffi, lib, log, sized
 from ._fork import note_threads
 from ._handle import ExclusiveHandle
 from .create import create_context
 from .errors import ContextError, ContextFullError, check
+from .formats import FORMATS
 from .held import common_prefix
 from .memory import Memory
 from .model import Model, as_tokens
@@ -69,7 +70,9 @@ class Decoder:
         self._n_threads_max = max(lib.llama_n_threads(pointer), lib.llama_n_threads_batch(pointer))
         self._n_outputs = 0  # of the last llama_decode()
         self._earlier: list[tuple[np.ndarray | None, np.ndarray | None]] = []  # logits, embeddings before the last one
+        self._copies: dict[int, np.ndarray] = {}  # logits (0) and embeddings (1) that were asked for
         self._has_outputs = False
+        self._n_cold = 0  # tokens whose rows were quantised, and less exact than hot ones, in the last decode
         self._abort: Callable[[], bool] | None = None
 
     def decode(
@@ -133,23 +136,38 @@ class Decoder:
             batch = Tokens(ids, array, flat, n_seq, output)
             self._decode(ctx, batch, batch.spans())
 
-    def _decode_sequence(self, ctx: Any, tokens: np.ndarray, pos: int | None, seq_id: int, output: np.ndarray) -> None:
+    def _decode_sequence(
+        self,
+        ctx: Any,
+        tokens: np.ndarray,
+        pos: int | None,
+        seq_id: int,
+        output: np.ndarray,
+        is_cancelled: Callable[[], bool] | None = None,
+    ) -> None:
         n = len(tokens)
         first = self._next_pos(ctx, seq_id) if pos is None else int(pos)
         pos_all = np.arange(first, first + n, dtype=np.int32)
         batch = Tokens(tokens, pos_all, np.full(n, seq_id, np.int32), np.ones(n, np.int32), output)
-        self._decode(ctx, batch, {seq_id: (first, n)})
+        self._decode(ctx, batch, {seq_id: (first, n)}, is_cancelled)
 
-    def _decode_row(self, tokens: np.ndarray, seq_id: int, whole: bool = False) -> np.ndarray:
+    def _decode_row(
+        self,
+        tokens: np.ndarray,
+        seq_id: int,
+        whole: bool = False,
+        is_cancelled: Callable[[], bool] | None = None,
+    ) -> np.ndarray:
         """Decode tokens and take the last one's logits before another thread can decode.
 
-        ``whole``: the tokens are to be all that the sequence holds; those that it begins with already are kept.
+        whole         the tokens are to be all that the sequence holds; those that it begins with already are kept
+        is_cancelled  is asked while a long prompt is computed; when it says so, DecodeAborted is raised
         """
         with self._handle as ctx:
             if whole:
                 self.n_kept = self._keep_prefix(ctx, tokens, seq_id)
                 tokens = tokens[self.n_kept :]
-            self._decode_sequence(ctx, tokens, None, seq_id, _ends(len(tokens), [len(tokens) - 1]))
+            self._decode_sequence(ctx, tokens, None, seq_id, _ends(len(tokens), [len(tokens) - 1]), is_cancelled)
             pointer = lib.llama_get_logits(ctx)
             if pointer == ffi.NULL:
                 raise ContextError("There are no logits to draw a token from.")
@@ -194,7 +212,13 @@ class Decoder:
     def _next_pos(self, ctx: Any, seq_id: int) -> int:
         return int(lib.llama_memory_seq_pos_max(lib.llama_get_memory(ctx), seq_id)) + 1
 
-    def _decode(self, ctx: Any, batch: Tokens, spans: Mapping[int, tuple[int, int]]) -> None:
+    def _decode(
+        self,
+        ctx: Any,
+        batch: Tokens,
+        spans: Mapping[int, tuple[int, int]],
+        is_cancelled: Callable[[], bool] | None = None,
+    ) -> None:
         n = len(batch)
         if self.params.embeddings:  # libllama keeps all of them then
             batch.output[:] = 1
@@ -202,12 +226,11 @@ class Decoder:
         lib.llama_synchronize(ctx)  # else the tokens of the call before count as part of this one in perf
         self._check_room(ctx, spans)
 
-        self._has_outputs = False
-        self._earlier.clear()
+        self._drop_outputs()
         try:
             for start in range(0, n, self.n_batch):
                 part = batch if n <= self.n_batch else batch[start : start + self.n_batch]
-                code, reason = self._call_decode(ctx, part)
+                code, reason = self._call_decode(ctx, part, is_cancelled)
                 if code == 1 and start > 0:
                     self._undo(ctx, spans)
                 check(code, f"{n} tokens can not be decoded", reason)
@@ -216,7 +239,25 @@ class Decoder:
                     self._earlier.append((self._copy_logits(ctx), self._copy_embeddings(ctx)))
         finally:
             self._note_held(ctx, batch, spans)
+        self._n_cold = self._count_cold(ctx) if self.params.embeddings else 0
         self._has_outputs = True
+
+    def _count_cold(self, ctx: Any) -> int:
+        """Tokens that are cold in a type that is not as exact as the hot one."""
+        stats = sized("struct llama_kv_mixed_stats *")
+        if lib.llama_kv_mixed_get_stats(lib.llama_get_memory(ctx), stats) != 0:
+            return 0
+        f32 = FORMATS["f32"].type
+        types = (stats.type_cold_k, stats.type_hot_k), (stats.type_cold_v, stats.type_hot_v)
+        return 0 if all(cold in (hot, f32) for cold, hot in types) else int(stats.cold_used)
+
+    def _check_exact(self) -> None:
+        """Refuse embeddings that are not those of a plain cache."""
+        if self._n_cold > 0:
+            raise ContextError(
+                f"The embeddings are not those of a plain cache: {self._n_cold} tokens are quantised. Make the context"
+                " with kv_mixed=False, a hot that holds them, or a cold type as exact as the hot one."
+            )
 
     def _note_held(self, ctx: Any, batch: Tokens, spans: Mapping[int, tuple[int, int]]) -> None:
         """Remember the tokens of a batch, as far as it was decoded."""
@@ -238,16 +279,15 @@ class Decoder:
                 f"Sequence {seq_id} would have {n_cells} tokens, and the context holds {self.n_ctx_seq}.", 1
             )
 
-    def _call_decode(self, ctx: Any, part: Tokens) -> tuple[int, str]:
+    def _call_decode(self, ctx: Any, part: Tokens, is_cancelled: Callable[[], bool] | None) -> tuple[int, str]:
         note_threads(self._n_threads_max)
         c_batch, keep = part.to_c()
         abort = self._abort
-        if (
-            abort is None
-            and len(part) >= _N_TOKENS_INTERRUPTIBLE
-            and threading.current_thread() is threading.main_thread()
-        ):
-            abort = _never  # Python looks for Ctrl-C whenever it is called
+        if len(part) >= _N_TOKENS_INTERRUPTIBLE:
+            if is_cancelled is not None:
+                abort = _either(abort, is_cancelled)
+            elif abort is None and threading.current_thread() is threading.main_thread():
+                abort = _never  # Python looks for Ctrl-C whenever it is called
         raised: list[BaseException] = []
         callback = _abort_callback(abort, raised) if abort is not None else ffi.NULL
         try:
@@ -276,32 +316,37 @@ class Decoder:
 
     @property
     def logits(self) -> np.ndarray:
-        """Logits of the last decode, a copy, float32 of shape [n_outputs, n_vocab], in the order of the tokens.
+        """Logits of the last decode, float32 of shape [n_outputs, n_vocab], in the order of the tokens.
 
-        Raises ContextError when there are none.
+        They are copied from the library when they are asked for first; the array is the same until the next decode, can
+        not be written to, and stays what it is after that. Raises ContextError when there are none.
         """
         return self._outputs(0, self._n_vocab, self._copy_logits)
 
     @property
     def embeddings(self) -> np.ndarray:
-        """Embeddings of the last decode's tokens, a copy, float32 of shape [n_outputs, n_embd_out].
+        """Embeddings of the last decode's tokens, float32 of shape [n_outputs, n_embd_out], an array like ``logits``.
 
-        Raises ContextError when there are none, or when they are pooled (see embeddings_seq).
+        Raises ContextError when there are none, when they are pooled (see embeddings_seq), and when they were computed
+        with tokens that a mixed cache has quantised, so that they are not those of a plain cache.
         """
         if self._pooling_type != NONE:
             raise ContextError("The embeddings are pooled; embeddings_seq() has them by sequence.")
+        self._check_exact()
         return self._outputs(1, self._n_embd_out, self._copy_embeddings)
 
     def embeddings_seq(self, seq_id: int = 0) -> np.ndarray:
         """The pooled embedding of a sequence in the last decode, a copy, float32 of shape [n_embd_out].
 
-        Scores of shape [n_cls_out] for pooling "rank". Raises ContextError when there is none.
+        Scores of shape [n_cls_out] for pooling "rank". Raises ContextError when there is none, and when it was computed
+        with tokens that a mixed cache has quantised.
         """
         check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
         with self._handle as ctx:
             pointer = lib.llama_get_embeddings_seq(ctx, seq_id) if self._has_outputs else ffi.NULL
             if pointer == ffi.NULL:
                 raise ContextError(f"There is no pooled embedding of sequence {seq_id}.")
+            self._check_exact()
             n = self._n_cls_out if self._pooling_type == RANK else self._n_embd_out
             row: np.ndarray = _copy_rows(pointer, 1, n)[0]
             return row
@@ -311,13 +356,26 @@ class Decoder:
         with self._handle as ctx:
             if not self._has_outputs:
                 raise ContextError(f"There are no {name}: nothing was decoded.")
+            if which in self._copies:
+                return self._copies[which]
             kept = [part[which] for part in self._earlier]
             if self._n_outputs > 0:
                 kept.append(copy(ctx))
             parts = [part for part in kept if part is not None]
             if len(parts) < len(kept):
                 raise ContextError(f"There are no {name}: the context does not keep them.")
-            return np.concatenate(parts) if parts else np.empty((0, n_columns), np.float32)
+            if not parts:
+                rows = np.empty((0, n_columns), np.float32)
+            else:
+                rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            rows.setflags(write=False)
+            self._copies[which] = rows
+            return rows
+
+    def _drop_outputs(self) -> None:
+        self._has_outputs = False
+        self._earlier.clear()
+        self._copies.clear()
 
     def _copy_logits(self, ctx: Any) -> np.ndarray | None:
         pointer = lib.llama_get_logits(ctx)
@@ -332,6 +390,10 @@ class Decoder:
 
 def _never() -> bool:
     return False
+
+
+def _either(first: Callable[[], bool] | None, second: Callable[[], bool]) -> Callable[[], bool]:
+    return second if first is None else lambda: first() or second()
 
 
 def _abort_callback(abort: Callable[[], bool], raised: list[BaseException]) -> Any:

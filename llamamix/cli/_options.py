@@ -110,6 +110,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--frequency-penalty", type=float, default=0.0, metavar="N", help="0: off (default)")
     sampling.add_argument("--presence-penalty", type=float, default=0.0, metavar="N", help="0: off (default)")
     sampling.add_argument("--grammar", metavar="GBNF", help="grammar that the text must follow")
+    sampling.add_argument("-j", "--json-schema", metavar="SCHEMA", help="JSON schema that the text must follow")
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
@@ -128,6 +129,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         presence_penalty=args.presence_penalty,
         seed=None if args.seed == -1 else args.seed,
         grammar=args.grammar,
+        json_schema=args.json_schema,
     )
 
 
