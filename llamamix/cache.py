@@ -62,6 +62,11 @@ class _ContextCacheHandle(ExclusiveHandle):
         super().__exit__(*exc)
         self._context.__exit__(*exc)
 
+    @contextlib.contextmanager
+    def glance(self) -> Iterator[Any]:
+        with self._context.glance() as context, super().glance() as pointer:
+            yield None if context is None else pointer
+
 
 class KVCache(Sequences):
     """What MixedKVCache and UnifiedKVCache have in common.
@@ -285,6 +290,10 @@ class MixedKVCache(KVCache):
         KVCache.__init__(self, handle, n_seq_max, n_pad, context)
         self.hot = self._first
         self.cold = Tier(handle, _COLD, n_pad)
+
+    def _repr_html_(self) -> str:
+        """The cells in use and the memory, for notebooks."""
+        return f"<pre>{self!r}</pre>" if self._handle.closed else self.stats._repr_html_()
 
     def __repr__(self) -> str:
         return f"<MixedKVCache hot {self.hot!r} cold {self.cold!r}{' (closed)' if self._handle.closed else ''}>"

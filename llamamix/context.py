@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -112,6 +113,13 @@ class Context(Decoder):
     def __repr__(self) -> str:
         state = " (closed)" if self._handle.closed else ""
         return f"<Context n_ctx={self.n_ctx} kv_mixed={self.params.kv_mixed!r}{state}>"
+
+    def _repr_html_(self) -> str:
+        """What it is, with bars of the cells in use where its cache is a mixed one, for notebooks."""
+        head = f"<pre>{html.escape(repr(self))}</pre>"
+        with self._handle.glance() as ctx:
+            stats = None if ctx is None else self._read_stats(ctx)
+        return head if stats is None else head + stats._repr_html_()
 
     def close(self) -> None:
         """Free the context. Closing twice is fine."""
@@ -236,9 +244,12 @@ class Context(Decoder):
     @property
     def stats(self) -> CacheStats | None:
         """What the mixed KV cache holds and has done, None: the cache is a plain one."""
-        c_stats = sized("struct llama_kv_mixed_stats *")
         with self._handle as ctx:
-            code = lib.llama_kv_mixed_get_stats(lib.llama_get_memory(ctx), c_stats)
+            return self._read_stats(ctx)
+
+    def _read_stats(self, ctx: Any) -> CacheStats | None:
+        c_stats = sized("struct llama_kv_mixed_stats *")
+        code = lib.llama_kv_mixed_get_stats(lib.llama_get_memory(ctx), c_stats)
         return CacheStats.from_c(c_stats) if code == 0 else None
 
     @property

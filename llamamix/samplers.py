@@ -3,7 +3,7 @@
     sampler = Sampler(model, [TopK(40), TopP(0.9), Temperature(0.7), Draw(seed=1)])
 
 Links change the candidates one after the other; the last one takes a token. What a link does and where it comes from is
-written in llama.cpp's llama.h (https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h).
+written in llama.cpp's llama.h.
 """
 
 from __future__ import annotations

@@ -74,13 +74,15 @@ class Tier:
         self.row_size_v: int = int(info.row_size_v)
 
     def __repr__(self) -> str:
-        return f"<Tier {self.n_stream} x {self.size} cells, K {self.type_k}, V {self.type_v}>"
+        with self._handle.glance() as cache:
+            used = "" if cache is None else f"{self._used(cache)} in use, "
+        return f"<Tier {self.n_stream} x {self.size} cells, {used}K {self.type_k}, V {self.type_v}>"
 
     @property
     def used(self) -> int:
         """Cells in use, all streams together."""
         with self._handle as cache:
-            return sum(int(np.count_nonzero(self._cells(cache, s)["pos"] >= 0)) for s in range(self.n_stream))
+            return self._used(cache)
 
     def n(self, stream: int = 0) -> int:
         """Cells in view: up to the last one in use, rounded up to a multiple of n_pad; 0 when the stream is empty."""
@@ -124,6 +126,9 @@ class Tier:
     def set_v(self, layer: int, cell: int, rows: Any, stream: int = 0) -> None:
         """Write V rows, like set_k()."""
         self._set(_V, layer, cell, rows, stream)
+
+    def _used(self, cache: Any) -> int:
+        return sum(int(np.count_nonzero(self._cells(cache, s)["pos"] >= 0)) for s in range(self.n_stream))
 
     def _stream(self, stream: Any) -> int:
         return check_int(stream, "stream", 0, self.n_stream - 1)

@@ -28,8 +28,8 @@ from llamamix import (
     Model,
     ParamsError,
     SamplingParams,
+    decoder,
 )
-from llamamix import decoder
 from llamamix._ffi import ffi, lib
 from llamamix.sampling import Sampler
 from llamamix.text import TextStream
