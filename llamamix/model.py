@@ -149,6 +149,7 @@ class Model:
 
     @property
     def n_layer(self) -> int:
+        """Layers."""
         return self._get("llama_model_n_layer")
 
     @property
@@ -193,10 +194,12 @@ class Model:
 
     @property
     def has_encoder(self) -> bool:
+        """True when tokens go through an encoder first (T5); a Context can not be made then."""
         return bool(self._get("llama_model_has_encoder"))
 
     @property
     def is_recurrent(self) -> bool:
+        """True when all layers are recurrent: what they keep of earlier tokens is a state, not a KV cache."""
         return bool(self._get("llama_model_is_recurrent"))
 
     @property

@@ -46,6 +46,7 @@ class Tokens:
 
     @property
     def n_outputs(self) -> int:
+        """Tokens whose logits are wanted."""
         return int(np.count_nonzero(self.output))
 
     def spans(self) -> dict[int, tuple[int, int]]:
