@@ -152,7 +152,7 @@ class Context(Decoder):
         """
         tokens = self._prompt_tokens(prompt, seq_id)
         source, stream = self._source(tokens, False, max_tokens, sampling, seq_id), TextStream(stop)
-        return Generation(lambda generation: source.pieces(generation, stream))
+        return Generation(lambda state: source.pieces(state, stream))
 
     def generate_tokens(
         self,
@@ -174,7 +174,7 @@ class Context(Decoder):
         check_int(top, "top", 0, self._n_vocab)
         tokens = self._prompt_tokens(prompt, seq_id)
         source, stream = self._source(tokens, False, max_tokens, sampling, seq_id), TextStream(stop)
-        return Generation(lambda generation: source.tokens(generation, stream, top))
+        return Generation(lambda state: source.tokens(state, stream, top))
 
     def chat(
         self,
@@ -203,7 +203,7 @@ class Context(Decoder):
         text = self.model.apply_chat_template(messages, template=template, tools=tools, variables=variables)
         tokens = as_tokens(self.model.tokenize(text, parse_special=True), self._n_vocab)
         source, stream = self._source(tokens, True, max_tokens, sampling, seq_id), TextStream(stop)
-        return Generation(lambda generation: source.pieces(generation, stream))
+        return Generation(lambda state: source.pieces(state, stream))
 
     def _prompt_tokens(self, prompt: str | Iterable[int] | np.ndarray, seq_id: int) -> np.ndarray:
         check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)

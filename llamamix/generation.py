@@ -54,6 +54,19 @@ class GeneratedToken:
     top: tuple[TokenLogprob, ...] = ()
 
 
+@dataclass(slots=True)
+class GenerationState:
+    """How far a generation is: shared by who computes it and who has it."""
+
+    n_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    cancelled: bool = False
+
+    def is_cancelled(self) -> bool:
+        """Whether somebody asked for its end."""
+        return self.cancelled
+
+
 class Generation(Iterator[_T], AsyncIterator[_T], Generic[_T]):
     """What Context.generate() and its like give: an iterator over pieces of text, or tokens.
 
@@ -61,14 +74,9 @@ class Generation(Iterator[_T], AsyncIterator[_T], Generic[_T]):
     when the task is cancelled, so is the generation. What it raises is said where it was made.
     """
 
-    def __init__(self, run: Callable[[Generation[_T]], Iterator[_T]]) -> None:
-        #: tokens that were drawn so far
-        self.n_tokens: int = 0
-        #: why it ended: "end" (a token that ends generation), "stop" (a stop text), "length" (max_tokens) or
-        #: "cancelled"; None before that, and when an exception ended it
-        self.finish_reason: FinishReason | None = None
-        self._cancelled = False
-        self._items = run(self)
+    def __init__(self, run: Callable[[GenerationState], Iterator[_T]]) -> None:
+        self._state = GenerationState()
+        self._items = run(self._state)  # which does not know this object, and so ends with it
 
     def __iter__(self) -> Generation[_T]:
         return self
@@ -97,16 +105,25 @@ class Generation(Iterator[_T], AsyncIterator[_T], Generic[_T]):
     def __repr__(self) -> str:
         return f"<Generation {self.n_tokens} tokens, {self.finish_reason or 'not ended'}>"
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that were drawn so far."""
+        return self._state.n_tokens
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended: "end" (a token that ends generation), "stop" (a stop text), "length" (max_tokens), "cancelled".
+
+        None before that, and when an exception ended it.
+        """
+        return self._state.finish_reason
+
     def cancel(self) -> None:
         """End it soon, from any thread: the iteration ends without an exception.
 
         A long prompt that is being computed on the CPU is given up; what of it was finished stays in the cache.
         """
-        self._cancelled = True
-
-    def is_cancelled(self) -> bool:
-        """Whether cancel() was called."""
-        return self._cancelled
+        self._state.cancelled = True
 
     def close(self) -> None:
         """End it at once; not while another thread computes. The cache keeps what was decoded."""
@@ -144,23 +161,23 @@ class Source:
     sampler: Sampler
     owns: bool
 
-    def draw(self, generation: Generation[_T]) -> Generator[tuple[int, np.ndarray], None, None]:
+    def draw(self, state: GenerationState) -> Generator[tuple[int, np.ndarray], None, None]:
         """Tokens, each with the logits that it was drawn from, when it was decoded.
 
         When the cache is full the last token comes all the same, then ContextFullError. Raises what ``start`` and
         ``decode`` raise.
         """
         try:
-            logits = self._begin(generation)
+            logits = self._begin(state)
             for _ in range(self.max_tokens):
-                if logits is None or generation.is_cancelled():
-                    generation.finish_reason = "cancelled"
+                if logits is None or state.is_cancelled():
+                    state.finish_reason = "cancelled"
                     return
                 token = self.sampler.sample(logits)
                 if self.model.is_eog(token):
-                    generation.finish_reason = "end"
+                    state.finish_reason = "end"
                     return
-                generation.n_tokens += 1
+                state.n_tokens += 1
                 full: ContextFullError | None = None
                 before = logits
                 try:
@@ -170,31 +187,31 @@ class Source:
                 yield token, before
                 if full is not None:
                     raise full
-            generation.finish_reason = "length"
+            state.finish_reason = "length"
         finally:
             if self.owns:
                 self.sampler.close()
 
-    def _begin(self, generation: Generation[_T]) -> np.ndarray | None:
+    def _begin(self, state: GenerationState) -> np.ndarray | None:
         """The logits behind the prompt, None: it was cancelled."""
-        if generation.is_cancelled():
+        if state.is_cancelled():
             return None
         try:
-            return self.start(generation.is_cancelled)
+            return self.start(state.is_cancelled)
         except DecodeAborted:
-            if generation.is_cancelled():
+            if state.is_cancelled():
                 return None
             raise
 
-    def pieces(self, generation: Generation[str], stream: TextStream) -> Iterator[str]:
+    def pieces(self, state: GenerationState, stream: TextStream) -> Iterator[str]:
         """Text, piece by piece, without stop texts and what follows."""
-        drawn = self.draw(generation)
+        drawn = self.draw(state)
         try:
             for token, _ in drawn:
                 text = stream.feed(self.model.token_to_piece(token))
                 if stream.stopped:
                     drawn.close()
-                    generation.finish_reason = "stop"
+                    state.finish_reason = "stop"
                 if text:
                     yield text
         except ContextFullError:
@@ -204,16 +221,16 @@ class Source:
         if text := stream.finish():
             yield text
 
-    def tokens(self, generation: Generation[GeneratedToken], stream: TextStream, top: int) -> Iterator[GeneratedToken]:
+    def tokens(self, state: GenerationState, stream: TextStream, top: int) -> Iterator[GeneratedToken]:
         """Tokens with their probabilities; the one that completes a stop text is the last."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token, logits in self.draw(generation):
+        for token, logits in self.draw(state):
             piece = self.model.token_to_piece(token)
             logprobs = log_softmax(logits)
             best = [self._logprob(int(i), logprobs) for i in most_likely(logits, top)]
             stream.feed(piece)
             if stream.stopped:
-                generation.finish_reason = "stop"
+                state.finish_reason = "stop"
             yield GeneratedToken(token, piece, decoder.decode(piece), float(logprobs[token]), tuple(best))
             if stream.stopped:
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import threading
 from collections.abc import Callable
@@ -153,6 +154,21 @@ def test_a_generation_explains_itself(make_context: MakeContext) -> None:
     assert repr(generation) == "<Generation 0 tokens, not ended>"
     list(generation)
     assert repr(generation) == "<Generation 3 tokens, length>"
+
+
+def test_a_generation_that_is_dropped_ends(tiny_model: Model, make_context: MakeContext) -> None:
+    """At once, without waiting for the garbage collector: its sampler is freed."""
+    gc.disable()
+    try:
+        before = {id(o) for o in gc.get_objects() if isinstance(o, Sampler)}
+        generation = make_context().generate("in the", 50, SamplingParams(seed=1))
+        next(generation)
+        (sampler,) = [o for o in gc.get_objects() if isinstance(o, Sampler) and id(o) not in before]
+        assert not sampler._chain.closed
+        del generation
+        assert sampler._chain.closed
+    finally:
+        gc.enable()
 
 
 #
