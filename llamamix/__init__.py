@@ -17,6 +17,8 @@ _MODULES = {
     "batch": ("Batch",),
     "cache": ("MixedKVCache", "UnifiedKVCache"),
     "context": ("Context",),
+    "generation": ("GeneratedToken", "Generation", "TokenLogprob"),
+    "grammar": ("json_schema_to_grammar",),
     "errors": (
         "CacheError",
         "ContextError",
@@ -32,6 +34,7 @@ _MODULES = {
     "model": ("Model",),
     "params": ("ContextParams", "KVMixedParams", "ModelParams", "SamplingParams"),
     "presets": ("PRESETS",),
+    "sampling": ("Sampler",),
     "sbatch": ("SBatch", "UBatch"),
     "stats": ("CacheStats", "PerfData"),
     "tier": ("Cell", "Tier"),
@@ -56,12 +59,17 @@ if TYPE_CHECKING:
     from .errors import ParamsError as ParamsError
     from .errors import PullError as PullError
     from .errors import ServerError as ServerError
+    from .generation import GeneratedToken as GeneratedToken
+    from .generation import Generation as Generation
+    from .generation import TokenLogprob as TokenLogprob
+    from .grammar import json_schema_to_grammar as json_schema_to_grammar
     from .model import Model as Model
     from .params import ContextParams as ContextParams
     from .params import KVMixedParams as KVMixedParams
     from .params import ModelParams as ModelParams
     from .params import SamplingParams as SamplingParams
     from .presets import PRESETS as PRESETS
+    from .sampling import Sampler as Sampler
     from .sbatch import SBatch as SBatch
     from .sbatch import UBatch as UBatch
     from .stats import CacheStats as CacheStats

@@ -20,7 +20,7 @@ import cffi
 
 from .errors import LibraryError
 
-ffi = cffi.FFI()
+ffi: Any = cffi.FFI()
 
 log = logging.getLogger("llamamix")
 log.addHandler(logging.NullHandler())
@@ -80,7 +80,7 @@ def _lib_dirs() -> list[Path]:
 
 
 def _decl_files() -> list[Path]:
-    own = [_PACKAGE / "_decl" / "llama.h", _PACKAGE / "_decl" / "ggml.h"]
+    own = [_PACKAGE / "_decl" / name for name in ("llama.h", "ggml.h", "schema.h")]
     name = "llama-kv-mixed.decl.h"
     places = [
         _PACKAGE / "_decl" / name,
@@ -135,7 +135,7 @@ class _Library:
             os.add_dll_directory(str(folder.resolve()))
 
         handles = []
-        for name in ("llama", "ggml-base", "ggml"):
+        for name in ("llama", "ggml-base", "ggml", "llamamix-schema"):
             file = folder / _file_name(name)
             if file.is_file():
                 try:
@@ -145,7 +145,7 @@ class _Library:
 
         _check_layout(handles[0], path)
         self._handles = tuple(handles)
-        self.llama_log_set(_on_log, ffi.NULL)
+        self.llama_log_set(_C_ON_LOG, ffi.NULL)
         if self.ggml_backend_reg_count() == 0:  # a build whose backends are plug-ins
             self.ggml_backend_load_all_from_path(os.fsencode(folder))
         self.llama_backend_init()
@@ -201,7 +201,6 @@ def _on_log_raised(_type: Any, error: BaseException, _traceback: Any) -> None:
     _thread.raised = error
 
 
-@ffi.callback("void(int32_t, char *, void *)", onerror=_on_log_raised)
 def _on_log(level: int, text: Any, _user_data: Any) -> None:
     line = getattr(_thread, "line", None)
     if level != _LEVEL_CONT:
@@ -221,6 +220,9 @@ def _on_log(level: int, text: Any, _user_data: Any) -> None:
         _thread.line = line
 
 
+_C_ON_LOG = ffi.callback("void(int32_t, char *, void *)", _on_log, onerror=_on_log_raised)
+
+
 def _emit(level: int, text: str) -> None:
     text = text.strip("\n")
     if not text:
@@ -231,7 +233,7 @@ def _emit(level: int, text: str) -> None:
     log.log(level, "%s", text)
 
 
-class ErrorLines(list):
+class ErrorLines(list[str]):
     """Errors that the library logged."""
 
     def reason(self) -> str:

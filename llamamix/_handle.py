@@ -93,6 +93,18 @@ class ExclusiveHandle(Handle):
         self._release()
 
     @contextlib.contextmanager
+    def glance(self) -> Iterator[Any]:
+        """The object for a short look that waits for nobody; None when it is closed, inherited, or in use."""
+        if self.inherited or self._user == threading.get_ident() or not self._lock.acquire(blocking=False):
+            yield None
+            return
+        self._user = threading.get_ident()
+        try:
+            yield None if self.closed else self._pointer
+        finally:
+            self._release()
+
+    @contextlib.contextmanager
     def guard(self) -> Iterator[Any]:
         """The object, which is not freed until the end of the block; None when it is closed."""
         self.check_process()

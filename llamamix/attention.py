@@ -242,7 +242,8 @@ class FlashAttnExt:
             for t, array in sources:
                 if array is not None:
                     view(t, array)[:] = array
-            self.k, self.v = view(t_k, k), view(t_v, v)
+            self.k: np.ndarray = view(t_k, k)
+            self.v: np.ndarray = view(t_v, v)
             self._out = view(res, np.empty((n_stream, n_tokens, n_head, n_embd_v), np.float32))
             self._stack = stack.pop_all()
 

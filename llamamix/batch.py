@@ -48,6 +48,13 @@ class Batch:
         self._seq_ids.append(sorted(ids))
         self._logits.append(bool(logits))
 
+    def __repr__(self) -> str:
+        if not self._tokens:
+            return "<Batch of no tokens>"
+        n_logits = sum(self._logits)
+        positions = f"positions {min(self._pos)} to {max(self._pos)}"
+        return f"<Batch of {len(self)} tokens, {self.n_seqs} sequences, {positions}, {n_logits} with logits>"
+
     def clear(self) -> None:
         """Remove all tokens."""
         for part in (self._tokens, self._pos, self._seq_ids, self._logits):

@@ -21,6 +21,7 @@ from ._fork import check_threads, note_threads
 from ._handle import ExclusiveHandle
 from .errors import CacheError, ParamsError
 from .formats import FORMATS
+from .held import Held
 from .params import N_LAYER_MAX, N_SEQ_MAX, KVMixedParams, check_int, from_options
 from .sbatch import UBatch
 from .sequences import Sequences
@@ -28,6 +29,8 @@ from .stats import CacheStats
 from .tier import Tier, checked
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from .context import Context
     from .model import Model
 
@@ -59,6 +62,11 @@ class _ContextCacheHandle(ExclusiveHandle):
         super().__exit__(*exc)
         self._context.__exit__(*exc)
 
+    @contextlib.contextmanager
+    def glance(self) -> Iterator[Any]:
+        with self._context.glance() as context, super().glance() as pointer:
+            yield None if context is None else pointer
+
 
 class KVCache(Sequences):
     """What MixedKVCache and UnifiedKVCache have in common.
@@ -78,12 +86,11 @@ class KVCache(Sequences):
         self._context = context
         self._first = Tier(handle, _HOT, n_pad)  # the only one, unless the cache is mixed
         known = None if context is None else context.memory
-        super().__init__(
-            n_seq_max, self._first.n_stream, known is not None and known.has_multi_pos, known.gaps if known else set()
-        )
+        held = known.held if known else Held()
+        super().__init__(n_seq_max, self._first.n_stream, known is not None and known.has_multi_pos, held)
 
     @classmethod
-    def from_model(cls, model: Model, *args: Any, **options: Any) -> Any:
+    def from_model(cls, model: Model, *args: Any, **options: Any) -> Self:
         """A cache of its own that has the layers, the heads and the head sizes of a model.
 
         The rest is as for the constructor. Rows are not rotated, whatever the types.
@@ -98,9 +105,10 @@ class KVCache(Sequences):
         head_size_k, head_size_v = model.head_sizes()
         shape = {"n_layer": model.n_layer, "n_head_kv": model.n_head_kv}
         make: Any = cls  # the constructors of the subclasses
-        return make(*args, **shape, head_size_k=head_size_k, head_size_v=head_size_v, **options)
+        cache: Self = make(*args, **shape, head_size_k=head_size_k, head_size_v=head_size_v, **options)
+        return cache
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -283,6 +291,10 @@ class MixedKVCache(KVCache):
         KVCache.__init__(self, handle, n_seq_max, n_pad, context)
         self.hot = self._first
         self.cold = Tier(handle, _COLD, n_pad)
+
+    def _repr_html_(self) -> str:
+        """The cells in use and the memory, for notebooks."""
+        return f"<pre>{self!r}</pre>" if self._handle.closed else self.stats._repr_html_()
 
     def __repr__(self) -> str:
         return f"<MixedKVCache hot {self.hot!r} cold {self.cold!r}{' (closed)' if self._handle.closed else ''}>"

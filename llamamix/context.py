@@ -2,79 +2,109 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import html
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ._ffi import error_lines, ffi, lib, sized
-from ._fork import check_threads, note_threads
-from .create import create_context
-from .errors import ContextError, ContextFullError, ParamsError, check
-from .generate import generate
-from .memory import Memory
+from ._ffi import lib, sized
+from ._fork import check_threads
+from .decoder import Decoder
+from .errors import ContextError, ParamsError
+from .generation import GeneratedToken, Generation, Source
 from .model import Model, as_tokens
-from .params import N_THREADS_MAX, POS_MAX, ContextParams, KVMixedParams, SamplingParams, check_int, from_options
-from .pooling import NONE, RANK
+from .params import N_THREADS_MAX, POS_MAX, ContextParams, KVMixedParams, SamplingParams, check_int, options_of
 from .sampling import Sampler
 from .state import load_state, save_state, state_body
 from .stats import CacheStats, PerfData
 from .text import TextStream
-from .tokens import Tokens, check_order, output_mask, positions, sequence_ids
 
-_REASONS = {1: "the KV cache is full", 2: "the abort callback ended it"}
-
-# a batch of so many tokens computes for long enough that Ctrl-C should not have to wait for it
-_N_TOKENS_INTERRUPTIBLE = 32
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class Context:
-    """A KV cache of a model and what is computed with it; ``params`` are the fields of ContextParams.
+class Context(Decoder):
+    """A KV cache of a model and what is computed with it.
 
-    One thread uses a context at a time, others wait. close() (or the end of a ``with`` block) frees it.
+    n_ctx            cells of the KV cache (one for a token), rounded up to a multiple of 256; 0: the context the model
+                     was trained with
+    n_batch          the most tokens that one call of llama_decode() gets (longer input is split)
+    n_ubatch         the most tokens that one graph computes, None: 512, or n_batch where all of a batch must be in one
+                     (pooled embeddings, models without a causal mask)
+    n_seq_max        sequences; their ids are 0 to n_seq_max - 1
+    n_threads        threads for single tokens, None: as many as this process may use
+    n_threads_batch  threads for batches, None: n_threads
+    flash_attn       auto, on or off
+    type_k, type_v   ggml types of the cache's rows (of the hot rows when it is a mixed one)
+    kv_unified       one buffer shared by all sequences; False: n_ctx is divided between them
+    offload_kqv      keep the KV cache and its operations on the GPU
+    op_offload       compute large operations on weights in host memory on the GPU
+    swa_full         full-size cache for layers with sliding windows
+    embeddings       keep the embeddings of all tokens
+    pooling          unspecified (from the model), none, mean, cls, last or rank
+    rope_freq_base   0: from the model
+    rope_freq_scale  0: from the model
+    kv_mixed         the mixed KV cache: True for its defaults (with embeddings: a plain one), KVMixedParams, a text
+                     such as "hot=256,cold=q8_0", or False for a plain one. LLAMA_KV_MIXED has no say here.
+
+    ``params`` has what was given as ContextParams. One thread uses a context at a time, others wait. close() (or the
+    end of a ``with`` block) frees it.
 
     Raises ContextError when it can not be created, ParamsError for a parameter that can not be used.
     """
 
-    def __init__(self, model: Model, **params: Any) -> None:
-        self.params: ContextParams = from_options(ContextParams, params)
-        self.model = model
-        self._handle, self._pooling = create_context(model, self.params)
-        pointer = self._handle.pointer
-
-        self._n_vocab = model.n_vocab
-        self._n_embd_out = model.n_embd_out
-        self._has_multi_pos = model.has_multi_pos
-        self._is_recurrent = model.is_recurrent
-        self._n_cls_out = model.n_cls_out
-
-        #: cells, of all sequences together
-        self.n_ctx = int(lib.llama_n_ctx(pointer))
-        #: the most tokens that one sequence can have
-        self.n_ctx_seq = int(lib.llama_n_ctx_seq(pointer))
-        #: the most tokens in one call of llama_decode()
-        self.n_batch = int(lib.llama_n_batch(pointer))
-        #: the most tokens in one graph
-        self.n_ubatch = int(lib.llama_n_ubatch(pointer))
-        #: sequences
-        self.n_seq_max = int(lib.llama_n_seq_max(pointer))
-        #: operations on the sequences in the KV cache
-        self.memory = Memory(
-            self._handle,
-            n_seq_max=self.n_seq_max,
-            n_stream=self._pooling.n_stream,
-            has_multi_pos=self._has_multi_pos,
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_ctx: int = 4096,
+        n_batch: int = 2048,
+        n_ubatch: int | None = None,
+        n_seq_max: int = 1,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        flash_attn: Literal["auto", "on", "off"] = "auto",
+        type_k: str = "f16",
+        type_v: str = "f16",
+        kv_unified: bool = False,
+        offload_kqv: bool = True,
+        op_offload: bool = True,
+        swa_full: bool = True,
+        embeddings: bool = False,
+        pooling: Literal["unspecified", "none", "mean", "cls", "last", "rank"] = "unspecified",
+        rope_freq_base: float = 0.0,
+        rope_freq_scale: float = 0.0,
+        kv_mixed: KVMixedParams | bool | str = True,
+    ) -> None:
+        params = ContextParams(
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            n_seq_max=n_seq_max,
+            n_threads=n_threads,
+            n_threads_batch=n_threads_batch,
+            flash_attn=flash_attn,
+            type_k=type_k,
+            type_v=type_v,
+            kv_unified=kv_unified,
+            offload_kqv=offload_kqv,
+            op_offload=op_offload,
+            swa_full=swa_full,
+            embeddings=embeddings,
+            pooling=pooling,
+            rope_freq_base=rope_freq_base,
+            rope_freq_scale=rope_freq_scale,
+            kv_mixed=kv_mixed,
         )
+        super().__init__(model, params)
 
-        self._pooling_type = int(lib.llama_pooling_type(pointer))
-        self._n_threads_max = max(lib.llama_n_threads(pointer), lib.llama_n_threads_batch(pointer))
-        self._n_outputs = 0  # of the last llama_decode()
-        self._earlier: list[tuple[np.ndarray | None, np.ndarray | None]] = []  # logits, embeddings before the last one
-        self._has_outputs = False
-        self._abort: Callable[[], bool] | None = None
+    @classmethod
+    def from_params(cls, model: Model, params: ContextParams) -> Self:
+        """A context as ContextParams say. Raises what the constructor raises."""
+        return cls(model, **options_of(params))
 
-    def __enter__(self) -> Context:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -84,202 +114,16 @@ class Context:
         state = " (closed)" if self._handle.closed else ""
         return f"<Context n_ctx={self.n_ctx} kv_mixed={self.params.kv_mixed!r}{state}>"
 
+    def _repr_html_(self) -> str:
+        """What it is, with bars of the cells in use where its cache is a mixed one, for notebooks."""
+        head = f"<pre>{html.escape(repr(self))}</pre>"
+        with self._handle.glance() as ctx:
+            stats = None if ctx is None else self._read_stats(ctx)
+        return head if stats is None else head + stats._repr_html_()
+
     def close(self) -> None:
         """Free the context. Closing twice is fine."""
         self._handle.close()
-
-    #
-    # decode
-    #
-
-    def decode(self, tokens: Any, pos: int | None = None, seq_id: int = 0, logits: Any = "last") -> None:
-        """Run tokens of one sequence through the model and add them to its KV cache.
-
-        tokens  token ids, a list or an integer array of shape [n]
-        pos     position of the first, None: after the last one in the cache
-        logits  for which tokens to keep logits: "last", "all", or n truth values
-
-        Input longer than n_batch is split. Raises ContextFullError when it does not fit; nothing has changed then.
-        Raises DecodeAborted when the abort callback said so, ParamsError for arguments that can not be used.
-        """
-        tokens = as_tokens(tokens, self._n_vocab)
-        n = len(tokens)
-        check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
-        if pos is not None:
-            check_int(pos, "pos", 0, POS_MAX - n)
-        output = output_mask(logits, n, _ends(n, [n - 1]))
-        with self._handle as ctx:
-            self._decode_sequence(ctx, tokens, pos, seq_id, output)
-
-    def decode_batch(self, tokens: Any, seq_ids: Any, pos: Any = None, logits: Any = "last") -> None:
-        """Run tokens of several sequences through the model.
-
-        tokens   token ids, a list or an integer array of shape [n]
-        seq_ids  n entries, each a sequence id or several (a token that they share)
-        pos      n positions, None: each sequence goes on after the last one in the cache
-        logits   for which tokens to keep logits: "last" (of each sequence), "all", or n truth values
-
-        Raises what decode() raises.
-        """
-        tokens = as_tokens(tokens, self._n_vocab)
-        n = len(tokens)
-        flat, n_seq = sequence_ids(seq_ids, n, self.n_seq_max)
-        token_of = np.repeat(np.arange(n), n_seq)
-        output = output_mask(logits, n, _ends(n, [token_of[flat == s].max() for s in np.unique(flat)]))
-        with self._handle as ctx:
-            if pos is None:
-                following = {int(s): self._next_pos(ctx, int(s)) for s in np.unique(flat)}
-                array = np.empty(n, np.int32)
-                starts = np.concatenate(([0], np.cumsum(n_seq)))
-                for i in range(n):
-                    mine = [int(s) for s in flat[starts[i] : starts[i + 1]]]
-                    array[i] = following[mine[0]]
-                    following.update({s: int(array[i]) + 1 for s in mine})
-            else:
-                array = positions(pos, n)
-            check_order(array, flat, n_seq, may_jump=self._has_multi_pos)
-            batch = Tokens(tokens, array, flat, n_seq, output)
-            self._decode(ctx, batch, batch.spans())
-
-    def _decode_sequence(self, ctx: Any, tokens: np.ndarray, pos: int | None, seq_id: int, output: np.ndarray) -> None:
-        n = len(tokens)
-        first = self._next_pos(ctx, seq_id) if pos is None else int(pos)
-        pos_all = np.arange(first, first + n, dtype=np.int32)
-        batch = Tokens(tokens, pos_all, np.full(n, seq_id, np.int32), np.ones(n, np.int32), output)
-        self._decode(ctx, batch, {seq_id: (first, n)})
-
-    def _decode_row(self, tokens: np.ndarray, seq_id: int) -> np.ndarray:
-        """Decode tokens and take the last one's logits before another thread can decode."""
-        with self._handle as ctx:
-            self._decode_sequence(ctx, tokens, None, seq_id, _ends(len(tokens), [len(tokens) - 1]))
-            pointer = lib.llama_get_logits(ctx)
-            if pointer == ffi.NULL:
-                raise ContextError("There are no logits to draw a token from.")
-            return _copy_rows(pointer + (self._n_outputs - 1) * self._n_vocab, 1, self._n_vocab)[0]
-
-    def _next_pos(self, ctx: Any, seq_id: int) -> int:
-        return int(lib.llama_memory_seq_pos_max(lib.llama_get_memory(ctx), seq_id)) + 1
-
-    def _decode(self, ctx: Any, batch: Tokens, spans: Mapping[int, tuple[int, int]]) -> None:
-        n = len(batch)
-        if self.params.embeddings:  # libllama keeps all of them then
-            batch.output[:] = 1
-        self._pooling.check(batch, self.n_batch, self.n_ubatch)
-        lib.llama_synchronize(ctx)  # else the tokens of the call before count as part of this one in perf
-        self._check_room(ctx, spans)
-
-        self._has_outputs = False
-        self._earlier.clear()
-        for start in range(0, n, self.n_batch):
-            part = batch if n <= self.n_batch else batch[start : start + self.n_batch]
-            code, reason = self._call_decode(ctx, part)
-            if code == 1 and start > 0:
-                self._undo(ctx, spans)
-            check(code, f"{n} tokens can not be decoded", reason)
-            self._n_outputs = part.n_outputs
-            if start + self.n_batch < n and self._n_outputs > 0:
-                self._earlier.append((self._copy_logits(ctx), self._copy_embeddings(ctx)))
-        self._has_outputs = True
-
-    def _check_room(self, ctx: Any, spans: Mapping[int, tuple[int, int]]) -> None:
-        """Refuse what certainly does not fit, before anything is computed."""
-        if self._is_recurrent or not (self._pooling.causal and self._pooling.has_memory):
-            return
-        for seq_id, (first, n) in spans.items():
-            n_cells = self.memory.n_cells(ctx, seq_id, first, n)
-            if n_cells > self.n_ctx_seq:
-                raise ContextFullError(
-                    f"Sequence {seq_id} would have {n_cells} tokens, and the context holds {self.n_ctx_seq}.", 1
-                )
-
-    def _call_decode(self, ctx: Any, part: Tokens) -> tuple[int, str]:
-        note_threads(self._n_threads_max)
-        c_batch, keep = part.to_c()
-        abort = self._abort
-        if (
-            abort is None
-            and len(part) >= _N_TOKENS_INTERRUPTIBLE
-            and threading.current_thread() is threading.main_thread()
-        ):
-            abort = _never  # Python looks for Ctrl-C whenever it is called
-        raised: list[BaseException] = []
-        callback = _abort_callback(abort, raised) if abort is not None else ffi.NULL
-        try:
-            lib.llama_set_abort_callback(ctx, callback, ffi.NULL)
-            with error_lines() as errors:
-                code = lib.llama_decode(ctx, c_batch)
-        finally:
-            lib.llama_set_abort_callback(ctx, ffi.NULL, ffi.NULL)  # the callback lives no longer than this call
-        del keep
-        if raised:
-            raise raised[0]
-        return code, errors.reason() or _REASONS.get(code, "")
-
-    def _undo(self, ctx: Any, spans: Mapping[int, tuple[int, int]]) -> None:
-        memory = lib.llama_get_memory(ctx)
-        for seq_id, (first, _) in spans.items():
-            if not lib.llama_memory_seq_rm(memory, seq_id, first, -1):
-                raise ContextError(
-                    f"The KV cache is full, and the tokens of sequence {seq_id} that did fit can not be removed again.",
-                    1,
-                )
-
-    #
-    # outputs
-    #
-
-    @property
-    def logits(self) -> np.ndarray:
-        """Logits of the last decode, a copy, float32 of shape [n_outputs, n_vocab], in the order of the tokens.
-
-        Raises ContextError when there are none.
-        """
-        return self._outputs(0, self._n_vocab, self._copy_logits)
-
-    @property
-    def embeddings(self) -> np.ndarray:
-        """Embeddings of the last decode's tokens, a copy, float32 of shape [n_outputs, n_embd_out].
-
-        Raises ContextError when there are none, or when they are pooled (see embeddings_seq).
-        """
-        if self._pooling_type != NONE:
-            raise ContextError("The embeddings are pooled; embeddings_seq() has them by sequence.")
-        return self._outputs(1, self._n_embd_out, self._copy_embeddings)
-
-    def embeddings_seq(self, seq_id: int = 0) -> np.ndarray:
-        """The pooled embedding of a sequence in the last decode, a copy, float32 of shape [n_embd_out].
-
-        Scores of shape [n_cls_out] for pooling "rank". Raises ContextError when there is none.
-        """
-        check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
-        with self._handle as ctx:
-            pointer = lib.llama_get_embeddings_seq(ctx, seq_id) if self._has_outputs else ffi.NULL
-            if pointer == ffi.NULL:
-                raise ContextError(f"There is no pooled embedding of sequence {seq_id}.")
-            return _copy_rows(pointer, 1, self._n_cls_out if self._pooling_type == RANK else self._n_embd_out)[0]
-
-    def _outputs(self, which: int, n_columns: int, copy: Callable[[Any], np.ndarray | None]) -> np.ndarray:
-        name = ("logits", "embeddings")[which]
-        with self._handle as ctx:
-            if not self._has_outputs:
-                raise ContextError(f"There are no {name}: nothing was decoded.")
-            kept = [part[which] for part in self._earlier]
-            if self._n_outputs > 0:
-                kept.append(copy(ctx))
-            parts = [part for part in kept if part is not None]
-            if len(parts) < len(kept):
-                raise ContextError(f"There are no {name}: the context does not keep them.")
-            return np.concatenate(parts) if parts else np.empty((0, n_columns), np.float32)
-
-    def _copy_logits(self, ctx: Any) -> np.ndarray | None:
-        pointer = lib.llama_get_logits(ctx)
-        return None if pointer == ffi.NULL else _copy_rows(pointer, self._n_outputs, self._n_vocab)
-
-    def _copy_embeddings(self, ctx: Any) -> np.ndarray | None:
-        if not self.params.embeddings or self._pooling_type != NONE:
-            return None
-        pointer = lib.llama_get_embeddings(ctx)
-        return None if pointer == ffi.NULL else _copy_rows(pointer, self._n_outputs, self._n_embd_out)
 
     #
     # text
@@ -287,52 +131,103 @@ class Context:
 
     def generate(
         self,
-        prompt: str | Any,
+        prompt: str | Iterable[int] | np.ndarray,
         max_tokens: int = 128,
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | Sampler | None = None,
         stop: str | Iterable[str] = (),
         seq_id: int = 0,
-    ) -> Iterator[str]:
+    ) -> Generation[str]:
         """Go on after a prompt, and yield the text piece by piece.
 
         prompt      a text, or token ids; it is added to what the sequence holds
         max_tokens  the most tokens to generate; a token that ends generation ends it before
-        sampling    None: SamplingParams()
+        sampling    None: SamplingParams(); a Sampler goes on from where it is, and stays open
         stop        texts that end the generation; they are not yielded
+        seq_id      the sequence
 
-        Whenever a piece is yielded the sequence holds the prompt and every token generated so far. Raises
-        ContextFullError when the context is full, after all text was yielded, and what decode() raises.
+        The Generation is an iterator for ``for`` and ``async for``, can be cancelled, and tells why it ended. Whenever
+        a piece is yielded the sequence holds the prompt and every token generated so far. Raises ContextFullError when
+        the context is full, after all text was yielded, and what decode() raises; ParamsError for arguments that can
+        not be used, before anything changes.
         """
-        check_int(max_tokens, "max_tokens", 1, POS_MAX)
-        check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
-        if isinstance(prompt, str):
-            prompt = self.model.tokenize(prompt, add_special=self.memory.seq_pos_max(seq_id) < 0)
-        tokens = as_tokens(prompt, self._n_vocab)
-        stream = TextStream(stop)
-        sampler = Sampler(self.model, sampling or SamplingParams())
+        tokens = self._prompt_tokens(prompt, seq_id)
+        source, stream = self._source(tokens, False, max_tokens, sampling, seq_id), TextStream(stop)
+        return Generation(lambda state: source.pieces(state, stream))
 
-        def decode(part: np.ndarray) -> np.ndarray:
-            return self._decode_row(part, seq_id)
+    def generate_tokens(
+        self,
+        prompt: str | Iterable[int] | np.ndarray,
+        max_tokens: int = 128,
+        sampling: SamplingParams | Sampler | None = None,
+        stop: str | Iterable[str] = (),
+        seq_id: int = 0,
+        *,
+        top: int = 0,
+    ) -> Generation[GeneratedToken]:
+        """Go on after a prompt, and yield the tokens: id, bytes, text, logprob and the most likely ones.
 
-        return generate(self.model, decode, tokens, max_tokens, sampler, stream)
+        top  how many of the most likely tokens come with each
+
+        The token that completes a stop text is the last one, with its whole text; one that ends generation is not
+        yielded. Otherwise like generate().
+        """
+        check_int(top, "top", 0, self._n_vocab)
+        tokens = self._prompt_tokens(prompt, seq_id)
+        source, stream = self._source(tokens, False, max_tokens, sampling, seq_id), TextStream(stop)
+        return Generation(lambda state: source.tokens(state, stream, top))
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Iterable[Mapping[str, Any]],
         max_tokens: int = 512,
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | Sampler | None = None,
         stop: str | Iterable[str] = (),
         seq_id: int = 0,
-    ) -> Iterator[str]:
-        """The assistant's answer to messages, each ``{"role": ..., "content": ...}``, piece by piece.
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        template: str | None = None,
+    ) -> Generation[str]:
+        """The assistant's answer to messages, piece by piece.
 
-        The sequence is emptied first: the messages are the whole conversation. Otherwise like generate().
+        messages   the whole conversation, as Model.apply_chat_template() takes it, like the last three
+        tools      what the assistant may call; how it does is up to the model
+        variables  what else the template is to know, such as ``{"enable_thinking": False}``
+        template   None: the model's own
+
+        What the sequence holds of the conversation already is not computed again (``n_kept`` tells how many tokens that
+        is), everything else is removed from it. A cache that can not go back to where the two part, for its recurrent
+        layers or its small cache of sliding windows, is emptied, with a warning in the log; one that need not go back
+        is kept. Otherwise like generate(), and raises what Model.apply_chat_template() raises.
         """
-        text = self.model.apply_chat_template(messages)
-        tokens = self.model.tokenize(text, parse_special=True)
-        pieces = self.generate(tokens, max_tokens, sampling, stop, seq_id)
-        self.memory.seq_rm(seq_id)
-        return pieces
+        text = self.model.apply_chat_template(messages, template=template, tools=tools, variables=variables)
+        tokens = as_tokens(self.model.tokenize(text, parse_special=True), self._n_vocab)
+        source, stream = self._source(tokens, True, max_tokens, sampling, seq_id), TextStream(stop)
+        return Generation(lambda state: source.pieces(state, stream))
+
+    def _prompt_tokens(self, prompt: str | Iterable[int] | np.ndarray, seq_id: int) -> np.ndarray:
+        check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
+        if isinstance(prompt, str):
+            prompt = self.model.tokenize(prompt, add_special=self.memory.seq_pos_max(seq_id) < 0)
+        return as_tokens(prompt, self._n_vocab)
+
+    def _source(
+        self, prompt: np.ndarray, whole: bool, max_tokens: int, sampling: SamplingParams | Sampler | None, seq_id: int
+    ) -> Source:
+        check_int(max_tokens, "max_tokens", 1, POS_MAX)
+        check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
+        owns = not isinstance(sampling, Sampler)
+        sampler = sampling if isinstance(sampling, Sampler) else Sampler(self.model, sampling)
+        if sampler.n_vocab != self._n_vocab:
+            raise ParamsError(f"The sampler is of another model, with {sampler.n_vocab} tokens, not {self._n_vocab}.")
+
+        def start(is_cancelled: Callable[[], bool]) -> np.ndarray:
+            return self._decode_row(prompt, seq_id, whole, is_cancelled)
+
+        def decode(token: int) -> np.ndarray:
+            return self._decode_row(np.array([token], np.int32), seq_id)
+
+        return Source(self.model, start, decode, max_tokens, sampler, owns)
 
     #
     # state
@@ -349,9 +244,12 @@ class Context:
     @property
     def stats(self) -> CacheStats | None:
         """What the mixed KV cache holds and has done, None: the cache is a plain one."""
-        c_stats = sized("struct llama_kv_mixed_stats *")
         with self._handle as ctx:
-            code = lib.llama_kv_mixed_get_stats(lib.llama_get_memory(ctx), c_stats)
+            return self._read_stats(ctx)
+
+    def _read_stats(self, ctx: Any) -> CacheStats | None:
+        c_stats = sized("struct llama_kv_mixed_stats *")
+        code = lib.llama_kv_mixed_get_stats(lib.llama_get_memory(ctx), c_stats)
         return CacheStats.from_c(c_stats) if code == 0 else None
 
     @property
@@ -384,7 +282,7 @@ class Context:
             check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
         body = state_body(state, whole=seq_id is None)
         with self._handle as ctx:
-            self._has_outputs = False
+            self._drop_outputs()
             self.memory.note_loaded(seq_id)
             load_state(ctx, body, seq_id)
 
@@ -426,26 +324,3 @@ class Context:
         with self._handle as ctx:
             lib.llama_set_n_threads(ctx, int(n_threads), int(n_threads_batch))
             self._n_threads_max = max(n_threads, n_threads_batch)
-
-
-def _never() -> bool:
-    return False
-
-
-def _abort_callback(abort: Callable[[], bool], raised: list[BaseException]) -> Any:
-    def on_error(_type: Any, error: BaseException, _traceback: Any) -> None:
-        raised.append(error)
-
-    # error: what C gets when the function raises
-    return ffi.callback("bool(void *)", lambda _data: bool(abort()), error=True, onerror=on_error)
-
-
-def _ends(n: int, last: Iterable[int]) -> np.ndarray:
-    mask = np.zeros(n, np.int8)
-    mask[list(last)] = 1
-    return mask
-
-
-def _copy_rows(pointer: Any, n_rows: int, n_columns: int) -> np.ndarray:
-    data = ffi.buffer(pointer, 4 * n_rows * n_columns)
-    return np.frombuffer(data, np.float32).reshape(n_rows, n_columns).copy()

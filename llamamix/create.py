@@ -11,7 +11,7 @@ from ._handle import ExclusiveHandle
 from .errors import ContextError
 from .formats import FORMATS
 from .model import Model
-from .params import ContextParams, resolve_kv_mixed
+from .params import ContextParams, KVMixedParams, resolve_kv_mixed
 from .pooling import NONE, Pooling, pooling_of, pools_mean
 
 # architectures whose graph has V in a shape that can only be stored transposed
@@ -47,7 +47,7 @@ def _create(model: Model, params: ContextParams, c_params: Any) -> tuple[Exclusi
     if params.embeddings and pools_mean(model, c_params.pooling_type):
         _round_ubatch(model, c_params)
     parent = model.handle()
-    kv_mixed = resolve_kv_mixed(params.kv_mixed)
+    kv_mixed = _kv_mixed(params)
     with error_lines() as errors:
         pointer = lib.llama_kv_mixed_init_from_model(
             parent.pointer, c_params, kv_mixed.to_c() if kv_mixed else ffi.NULL
@@ -65,6 +65,13 @@ def _create(model: Model, params: ContextParams, c_params: Any) -> tuple[Exclusi
     )
 
 
+def _kv_mixed(params: ContextParams) -> KVMixedParams | None:
+    """The mixed cache that is asked for. By default there is none for embeddings, which are to be a plain cache's."""
+    if params.embeddings and params.kv_mixed is True:
+        return None
+    return resolve_kv_mixed(params.kv_mixed)
+
+
 def _n_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -78,7 +85,7 @@ def _check_supported(model: Model, params: ContextParams) -> None:
     if model.has_encoder:
         raise ContextError("Models with an encoder are not supported.")
     arch = model.metadata.get("general.architecture")
-    if arch in _ARCHS_V_TRANSPOSED and (params.flash_attn != "off" or resolve_kv_mixed(params.kv_mixed) is not None):
+    if arch in _ARCHS_V_TRANSPOSED and (params.flash_attn != "off" or _kv_mixed(params) is not None):
         raise ContextError(f"A model of architecture {arch} needs flash_attn='off' and kv_mixed=False.")
     for size, name in zip(model.head_sizes(), ("type_k", "type_v"), strict=True):
         ggml_type = getattr(params, name)

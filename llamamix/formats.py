@@ -37,7 +37,7 @@ class Format:
 
 @cache
 def _table() -> dict[str, Format]:
-    res = {}
+    res: dict[str, Format] = {}
     info = sized("struct llama_kv_mixed_format_info *")
     while lib.llama_kv_mixed_get_format_info(len(res), info) == 0:
         name = ffi.string(info.name).decode()

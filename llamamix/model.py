@@ -6,14 +6,19 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ._ffi import error_lines, ffi, lib
 from ._handle import Handle
 from .errors import ModelError, ParamsError
-from .params import ModelParams, from_options
+from .params import ModelParams, options_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .chat import ChatTemplate
 
 _VOCAB_TYPE_NONE = 0
 _ROPE_TYPES_MULTI = (8, 40)  # LLAMA_ROPE_TYPE_MROPE, LLAMA_ROPE_TYPE_IMROPE: several positions per token
@@ -54,26 +59,48 @@ def _utf8(text: Any, what: str) -> bytes:
     return data
 
 
-def _c_string(text: Any, what: str) -> bytes:
-    data = _utf8(text, what)
-    if b"\0" in data:
-        raise ParamsError(f"{what} has a NUL character.")
-    return data
-
-
 class Model:
-    """A model loaded from a GGUF file; ``params`` are the fields of ModelParams.
+    """A model loaded from a GGUF file.
 
-    close() (or the end of a ``with`` block) makes the object unusable at once. The weights stay in memory until the
-    last context made from it is closed too.
+    path             the file
+    n_gpu_layers     layers to keep in GPU memory, -1: all
+    main_gpu         the GPU that holds the model when ``split_mode`` is "none"
+    split_mode       over several GPUs: none, layer or row
+    load_mode        auto, none, mmap, mlock, mmap+mlock or dio
+    check_tensors    look for values that are not numbers while loading
+    use_extra_bufts  repack weights for the CPU where that is faster
+    vocab_only       load the tokenizer and the metadata, no weights
+
+    ``params`` has what was given as ModelParams. close() (or the end of a ``with`` block) makes the object unusable at
+    once. The weights stay in memory until the last context made from it is closed too.
 
     Raises ModelError when the file can not be loaded, ParamsError for a parameter that can not be used.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | bytes, **params: Any) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | bytes,
+        *,
+        n_gpu_layers: int = -1,
+        main_gpu: int = 0,
+        split_mode: Literal["none", "layer", "row"] = "layer",
+        load_mode: Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"] = "auto",
+        check_tensors: bool = False,
+        use_extra_bufts: bool = True,
+        vocab_only: bool = False,
+    ) -> None:
         self._handle: Handle | None = None
-        self.params: ModelParams = from_options(ModelParams, params)
-        self.path = _check_path(path)
+        self.params: ModelParams = ModelParams(
+            n_gpu_layers=n_gpu_layers,
+            main_gpu=main_gpu,
+            split_mode=split_mode,
+            load_mode=load_mode,
+            check_tensors=check_tensors,
+            use_extra_bufts=use_extra_bufts,
+            vocab_only=vocab_only,
+        )
+        self.path: Path = _check_path(path)
+        self._templates: dict[str, ChatTemplate] = {}  # compiled, by their source
 
         with error_lines() as errors:
             pointer = lib.llama_model_load_from_file(_path_bytes(self.path), self.params.to_c())
@@ -82,7 +109,12 @@ class Model:
         if self._handle is None:
             raise ModelError(f"{self.path} can not be loaded: {errors.reason() or 'libllama gives no reason'}.")
 
-    def __enter__(self) -> Model:
+    @classmethod
+    def from_params(cls, path: str | os.PathLike[str] | bytes, params: ModelParams) -> Self:
+        """A model loaded as ModelParams say. Raises what the constructor raises."""
+        return cls(path, **options_of(params))
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -117,6 +149,7 @@ class Model:
 
     @property
     def n_layer(self) -> int:
+        """Layers."""
         return self._get("llama_model_n_layer")
 
     @property
@@ -161,10 +194,12 @@ class Model:
 
     @property
     def has_encoder(self) -> bool:
+        """True when tokens go through an encoder first (T5); a Context can not be made then."""
         return bool(self._get("llama_model_has_encoder"))
 
     @property
     def is_recurrent(self) -> bool:
+        """True when all layers are recurrent: what they keep of earlier tokens is a state, not a KV cache."""
         return bool(self._get("llama_model_is_recurrent"))
 
     @property
@@ -296,7 +331,7 @@ class Model:
                 vocab, c_tokens, len(array), text, n_max, bool(remove_special), bool(unparse_special)
             )
             if n >= 0:
-                return ffi.buffer(text, n)[:].decode("utf-8", "replace")
+                return bytes(ffi.buffer(text, n)).decode("utf-8", "replace")
             n_max = -n
 
     def token_to_piece(self, token: int, special: bool = False) -> bytes:
@@ -319,50 +354,77 @@ class Model:
     @property
     def chat_template(self) -> str | None:
         """The chat template in the file, None: there is none."""
-        handle = self.handle()
-        template = lib.llama_model_chat_template(handle.pointer, ffi.NULL)
-        return None if template == ffi.NULL else ffi.string(template).decode("utf-8", "replace")
+        return self._template_source(None)
 
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Iterable[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         template: str | None = None,
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Messages, each ``{"role": ..., "content": ...}``, as one text for tokenize(..., parse_special=True).
+        """Messages as one text for tokenize(..., parse_special=True), the same as llama-server's /apply-template.
 
+        messages               each ``{"role": ..., "content": ...}``: content a text, or a list of
+                               ``{"type": "text", "text": ...}``; an assistant's may have ``tool_calls`` and
+                               ``reasoning_content``, a tool's ``tool_call_id`` and ``name``, in OpenAI's form
         add_generation_prompt  end with what starts the assistant's answer
-        template               the name of a template that llama.cpp knows ("chatml", ...), None: the model's own
+        template               a Jinja template, or the name of one that llama.cpp knows ("chatml", "llama2", ...), for
+                               which messages have a role and a content only; None: the model's own
+        tools                  each ``{"type": "function", "function": {"name", "description", "parameters"}}``
+        variables              what else a Jinja template is to know, such as ``{"enable_thinking": False}``
 
-        Raises ModelError when the model has no template or llama.cpp does not know it.
+        Raises ModelError when the model has no template, or one that can not be used; ParamsError for messages or tools
+        that are none, and with the template's own words for those that it refuses.
         """
+        from .chat import CHATML, apply_named, is_name, read_tools
+
+        functions = read_tools(tools)
         if template is None:
-            template = self.chat_template
+            template = (self._template_source("tool_use") if functions else None) or self.chat_template
             if template is None:
                 raise ModelError(f"{self.path.name} has no chat template; name one, such as 'chatml'.")
-        c_template = _c_string(template, "The template")
+        elif not isinstance(template, str):
+            raise ParamsError(f"template must be a str or None, not {type(template).__name__}.")
+        else:
+            self.handle()
 
-        messages = list(messages)
-        if not messages:
-            raise ParamsError("There are no messages.")
-        strings = []  # cffi keeps only the array of pointers alive
-        chat = ffi.new("struct llama_chat_message[]", len(messages))
-        for c_message, message in zip(chat, messages, strict=True):
-            if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-                raise ParamsError(f"A message must have a role and a content, nothing else: {message!r}.")
-            for key in ("role", "content"):
-                strings.append(ffi.new("char[]", _c_string(message[key], f"The {key} of a message")))
-                setattr(c_message, key, strings[-1])
+        if template == "chatml":
+            template = CHATML
+        if is_name(template):
+            if functions or variables:
+                raise ParamsError(f"The template {template} takes no tools and no variables; only Jinja templates do.")
+            return apply_named(template, messages, add_generation_prompt)
+        return self._compiled_template(template).render(
+            messages, functions, add_generation_prompt=add_generation_prompt, variables=variables
+        )
 
-        n_max = 2 * sum(len(s) for s in strings) + 1024
-        while True:
-            text = ffi.new("char[]", n_max)
-            n = lib.llama_chat_apply_template(c_template, chat, len(messages), bool(add_generation_prompt), text, n_max)
-            if n < 0:
-                raise ModelError(f"llama.cpp does not know the chat template {template[:60]!r}.")
-            if n <= n_max:
-                return ffi.buffer(text, n)[:].decode("utf-8", "replace")
-            n_max = n
+    def _template_source(self, name: str | None) -> str | None:
+        handle = self.handle()
+        c_name = ffi.NULL if name is None else name.encode()
+        template = lib.llama_model_chat_template(handle.pointer, c_name)
+        return None if template == ffi.NULL else str(ffi.string(template).decode("utf-8", "replace"))
+
+    def _compiled_template(self, source: str) -> ChatTemplate:
+        from .chat import ChatTemplate
+
+        if source not in self._templates:
+            handle = self.handle()
+            vocab = self._vocab(handle)
+            self._templates[source] = ChatTemplate(
+                source,
+                bos=self._special_text("bos"),
+                eos=self._special_text("eos"),
+                add_bos=bool(lib.llama_vocab_get_add_bos(vocab)),
+                add_eos=bool(lib.llama_vocab_get_add_eos(vocab)),
+            )
+        return self._templates[source]
+
+    def _special_text(self, name: str) -> str:
+        token = self._special(name)
+        return "" if token is None else self.token_to_piece(token, special=True).decode("utf-8", "replace")
 
 
 def _read_string(function: Any, *args: Any) -> str:
@@ -376,11 +438,11 @@ def _read_string(function: Any, *args: Any) -> str:
         size = n + 1
 
 
-def _check_path(path: Any) -> Path:
+def _check_path(given: Any) -> Path:
     try:
-        path = Path(os.fsdecode(path))
+        path = Path(os.fsdecode(given))
     except (TypeError, ValueError):
-        raise ParamsError(f"A model's path must be a str or a path, not {path!r}.") from None
+        raise ParamsError(f"A model's path must be a str or a path, not {given!r}.") from None
     if "\0" in str(path):
         raise ParamsError("A model's path can not have a NUL character.")
     if path.is_dir():

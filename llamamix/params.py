@@ -72,7 +72,7 @@ def _check_bool(params: Any, name: str) -> None:
         raise ParamsError(f"{name} must be True or False, not {getattr(params, name)!r}.")
 
 
-def _check_name(params: Any, name: str, names: Mapping[str, int]) -> None:
+def _check_name(params: Any, name: str, names: Mapping[str, Any]) -> None:
     value = getattr(params, name)
     if not isinstance(value, str) or value not in names:
         raise ParamsError(f"{name} must be one of {', '.join(names)}, not {value!r}.")
@@ -89,6 +89,11 @@ def from_options(cls: type, options: Mapping[str, Any]) -> Any:
     """An instance of a parameter class; a name that it does not have raises ParamsError."""
     _reject_unknown(cls, options)
     return cls(**options)
+
+
+def options_of(params: Any) -> dict[str, Any]:
+    """The fields of a parameter class as keyword arguments."""
+    return {field.name: getattr(params, field.name) for field in fields(params)}
 
 
 #
@@ -305,8 +310,8 @@ class ContextParams:
     pooling          unspecified (from the model), none, mean, cls, last or rank
     rope_freq_base   0: from the model
     rope_freq_scale  0: from the model
-    kv_mixed         the mixed KV cache: True for its defaults, KVMixedParams, a text such as "hot=256,cold=q8_0",
-                     or False for a plain one. LLAMA_KV_MIXED has no say here.
+    kv_mixed         the mixed KV cache: True for its defaults (with embeddings: a plain one), KVMixedParams, a text
+                     such as "hot=256,cold=q8_0", or False for a plain one. LLAMA_KV_MIXED has no say here.
 
     Raises ParamsError.
     """
@@ -392,6 +397,7 @@ class SamplingParams:
     repeat_last_n      how many tokens are recent, 0: penalties off
     seed               0 to 2**32 - 2, None: a different one each time
     grammar            GBNF text with a rule named root, None: none
+    json_schema        JSON schema, an object or JSON text, that the text must follow; None: none. Not with a grammar.
     logit_bias         token id → number that is added to its logit (-inf bans it)
 
     Raises ParamsError.
@@ -409,6 +415,7 @@ class SamplingParams:
     seed: int | None = None
     grammar: str | None = None
     logit_bias: Mapping[int, float] | None = None
+    json_schema: Mapping[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         _check_float(self, "temperature", 0.0)
@@ -427,14 +434,20 @@ class SamplingParams:
             not isinstance(self.grammar, str) or not self.grammar.strip() or "\0" in self.grammar
         ):
             raise ParamsError("grammar must be a GBNF text, or None.")
-        self._check_logit_bias()
+        if self.logit_bias is not None:
+            check_logit_bias(self.logit_bias)
+        if self.json_schema is not None:
+            if not isinstance(self.json_schema, (Mapping, str)):
+                raise ParamsError(f"json_schema must be an object or JSON text, not {self.json_schema!r}.")
+            if self.grammar is not None:
+                raise ParamsError("grammar and json_schema can not be given together.")
 
-    def _check_logit_bias(self) -> None:
-        if self.logit_bias is None:
-            return
-        if not isinstance(self.logit_bias, Mapping):
-            raise ParamsError(f"logit_bias must map token ids to numbers, not be {self.logit_bias!r}.")
-        for token, bias in self.logit_bias.items():
-            whole = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
-            if not whole or not isinstance(bias, _REAL) or math.isnan(bias) or bias == math.inf:
-                raise ParamsError(f"logit_bias must map token ids to numbers, not {token!r} to {bias!r}.")
+
+def check_logit_bias(logit_bias: Any) -> None:
+    """A mapping of token ids to numbers, or -inf. Raises ParamsError."""
+    if not isinstance(logit_bias, Mapping):
+        raise ParamsError(f"logit_bias must map token ids to numbers, not be {logit_bias!r}.")
+    for token, bias in logit_bias.items():
+        whole = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
+        if not whole or not isinstance(bias, _REAL) or math.isnan(bias) or bias == math.inf:
+            raise ParamsError(f"logit_bias must map token ids to numbers, not {token!r} to {bias!r}.")

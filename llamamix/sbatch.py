@@ -91,6 +91,10 @@ class SBatch:
             raise ParamsError(f"The batch can not be used: {errors.reason() or last_error()}.")
         self._handle = ExclusiveHandle(pointer, lib.llama_kv_mixed_sbatch_free, None, "sbatch", LlamamixError)
         self._n_reset = 0
+        self._n_tokens = len(batch)
+
+    def __repr__(self) -> str:
+        return f"<SBatch of {self._n_tokens} tokens{' (closed)' if self._handle.closed else ''}>"
 
     def __enter__(self) -> SBatch:
         return self

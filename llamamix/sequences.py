@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from ._ffi import lib
 from .errors import LlamamixError, ParamsError
+from .held import Held
 from .params import POS_MAX, check_int
 
 
@@ -20,16 +21,16 @@ class Sequences:
     n_seq_max      sequences; their ids are 0 to n_seq_max - 1
     n_stream       1 when they share all cells (unified), else one per sequence
     has_multi_pos  True when a token has several positions (M-RoPE); none can be moved then
-    gaps           sequences that may lack positions between others; all objects of one cache have the same set
+    held           what is known of the sequences; all objects of one cache have the same
     """
 
     _error: ClassVar[type[LlamamixError]]
 
-    def __init__(self, n_seq_max: int, n_stream: int, has_multi_pos: bool, gaps: set[int]) -> None:
+    def __init__(self, n_seq_max: int, n_stream: int, has_multi_pos: bool, held: Held) -> None:
         self.n_seq_max = n_seq_max
         self.n_stream = n_stream
         self.has_multi_pos = has_multi_pos
-        self.gaps = gaps
+        self.held = held
 
     @contextlib.contextmanager
     def use_memory(self) -> Iterator[Any]:
@@ -41,7 +42,7 @@ class Sequences:
         """Remove all tokens and zero the rows."""
         with self.use_memory() as memory:
             lib.llama_memory_clear(memory, True)
-            self.gaps.clear()
+            self.held.clear()
 
     def seq_rm(self, seq_id: int = -1, p0: int = 0, p1: int = -1) -> None:
         """Remove positions of one sequence, or of all (-1).
@@ -54,11 +55,7 @@ class Sequences:
             if not lib.llama_memory_seq_rm(memory, seq_id, p0, p1):
                 raise self._error("This KV cache can not remove a part of a sequence.")
             for seq in range(self.n_seq_max) if seq_id < 0 else (seq_id,):
-                pos_max = lib.llama_memory_seq_pos_max(memory, seq)
-                if pos_max < 0:
-                    self.gaps.discard(seq)
-                elif 0 <= p1 <= pos_max:
-                    self.gaps.add(seq)
+                self.held.remove(seq, p0, p1, lib.llama_memory_seq_pos_max(memory, seq))
 
     def seq_cp(self, seq_id_src: int, seq_id_dst: int, p0: int = 0, p1: int = -1) -> None:
         """Make positions of one sequence positions of another too, which must not have any in that range.
@@ -85,11 +82,8 @@ class Sequences:
                     raise ParamsError(f"seq_id_dst {seq_id_dst} must be empty to be copied to; remove it first.")
             elif dst_max >= p0 and (p1 < 0 or dst_min < p1):
                 raise ParamsError(f"seq_id_dst {seq_id_dst} has positions in that range already; remove them first.")
-            if whole:
-                p0, p1 = -1, -1
-            lib.llama_memory_seq_cp(memory, seq_id_src, seq_id_dst, p0, p1)
-            if dst_max >= 0 or seq_id_src in self.gaps:
-                self.gaps.add(seq_id_dst)
+            lib.llama_memory_seq_cp(memory, seq_id_src, seq_id_dst, *((-1, -1) if whole else (p0, p1)))
+            self.held.copy(seq_id_src, seq_id_dst, p0, p1, dst_max < 0)
             if self.n_stream > 1:
                 self._copy_rows(seq_id_src, seq_id_dst)
 
@@ -102,7 +96,7 @@ class Sequences:
                 for other in range(self.n_seq_max):
                     if other != seq_id:
                         lib.llama_memory_seq_rm(memory, other, -1, -1)
-            self.gaps.intersection_update({seq_id})
+            self.held.keep(seq_id)
 
     def seq_add(self, seq_id: int, p0: int, p1: int, delta: int) -> None:
         """Move positions by ``delta``; those that come out below 0 are removed.
@@ -144,8 +138,8 @@ class Sequences:
             return self._can_shift(memory)
 
     def note_loaded(self, seq_id: int | None) -> None:
-        """A saved state has taken the place of a sequence, or of all (None): it may have gaps."""
-        self.gaps.update(range(self.n_seq_max) if seq_id is None else (seq_id,))
+        """A saved state has taken the place of a sequence, or of all (None)."""
+        self.held.forget(range(self.n_seq_max) if seq_id is None else (seq_id,))
 
     def _copy_rows(self, src: int, dst: int) -> None:
         """Copy rows between streams where libllama leaves that to the next decode, and there is none."""
@@ -160,7 +154,7 @@ class Sequences:
                 raise self._error("The positions in this KV cache can not be moved.")
             yield memory
             # cells that sequences share have moved in all of them
-            self.gaps.update((seq_id,) if self.n_stream > 1 else range(self.n_seq_max))
+            self.held.forget((seq_id,) if self.n_stream > 1 else range(self.n_seq_max))
 
     def _seq(self, seq_id: Any, name: str) -> int:
         return check_int(seq_id, name, 0, self.n_seq_max - 1)

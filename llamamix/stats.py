@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from .display import bar, html_table, mib, text_table, types
 from .formats import format_name
 
 
@@ -58,6 +59,36 @@ class CacheStats:
         """Bytes allocated as a share of a plain cache's."""
         return self.bytes_total / self.bytes_plain
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it by name, with bytes_total and ratio; what json.dumps() takes."""
+        return asdict(self) | {"bytes_total": self.bytes_total, "ratio": self.ratio}
+
+    def __str__(self) -> str:
+        return text_table([(name, "" if share is None else bar(share), what) for name, share, _, what in self._rows()])
+
+    def _repr_html_(self) -> str:
+        """A table with bars of the cells in use, for notebooks."""
+        return html_table("mixed KV cache", self._rows())
+
+    def _rows(self) -> list[tuple[str, float | None, str, str]]:
+        rows: list[tuple[str, float | None, str, str]] = []
+        for name, used, size, kinds, colour in (
+            ("hot", self.hot_used, self.hot_size, types(self.type_hot_k, self.type_hot_v), "#d9534f"),
+            ("cold", self.cold_used, self.cold_size, types(self.type_cold_k, self.type_cold_v), "#4a90d9"),
+        ):
+            what = f"{used} of {size} cells, {kinds}" if size else "no cells"
+            rows.append((name, used / size if size else None, colour, what))
+        rows.append(
+            ("memory", None, "", f"{mib(self.bytes_total)}, {self.ratio:.3f} of a plain {mib(self.bytes_plain)}")
+        )
+        each = f", {self.t_migrate_us / self.n_migrations:.0f} \u00b5s each" if self.n_migrations else ""
+        rows.append(("moved", None, "", f"{self.n_tokens_moved} tokens in {self.n_migrations} migrations{each}"))
+        if self.n_refused:
+            rows.append(("refused", None, "", f"{self.n_refused} batches: hot and cold were full"))
+        if self.bytes_rest:
+            rows.append(("beside it", None, "", f"{mib(self.bytes_rest)} of sliding windows, recurrent states"))
+        return rows
+
     @classmethod
     def from_c(cls, c_stats: Any) -> CacheStats:
         """From a ``struct llama_kv_mixed_stats``."""
@@ -92,6 +123,25 @@ class PerfData:
     def eval_per_second(self) -> float:
         """Decode, tokens per second, 0 when there was none."""
         return 1e3 * self.n_eval / self.t_eval_ms if self.t_eval_ms > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it by name, with the tokens per second; what json.dumps() takes."""
+        speeds = {"p_eval_per_second": self.p_eval_per_second, "eval_per_second": self.eval_per_second}
+        return asdict(self) | speeds
+
+    def __str__(self) -> str:
+        return text_table([(name, "", what) for name, _, _, what in self._rows()])
+
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        return html_table("computed", self._rows())
+
+    def _rows(self) -> list[tuple[str, float | None, str, str]]:
+        lines = (
+            ("prefill", self.n_p_eval, self.t_p_eval_ms, self.p_eval_per_second),
+            ("decode", self.n_eval, self.t_eval_ms, self.eval_per_second),
+        )
+        return [(name, None, "", f"{n} tokens in {t / 1e3:.2f} s, {speed:.1f} tokens/s") for name, n, t, speed in lines]
 
     @classmethod
     def from_c(cls, c_perf: Any) -> PerfData:

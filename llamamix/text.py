@@ -22,7 +22,7 @@ class TextStream:
                 raise ParamsError(f"A stop string must be a text of a character or more, not {text!r}.")
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._text = ""  # not given out yet
-        self.stopped = False
+        self.stopped: bool = False
 
     def feed(self, piece: bytes) -> str:
         """The text that is certain after a further piece; ``stopped`` is True once a stop string was complete."""

@@ -64,26 +64,28 @@ class Tier:
         self._handle = handle
         self._number = number
         self.n_pad = n_pad
-        self.size = int(info.size)
-        self.n_stream = int(info.n_stream)
-        self.n_layer = int(info.n_layer)
-        self.type_k = format_name(info.type_k)
-        self.type_v = format_name(info.type_v)
-        self.n_head_kv = int(info.n_head_kv)
-        self.head_size_k = int(info.n_embd_head_k)
-        self.head_size_v = int(info.n_embd_head_v)
-        self.row_size_k = int(info.row_size_k)
-        self.row_size_v = int(info.row_size_v)
-        self.n_page = int(info.n_page)
+        self.size: int = int(info.size)
+        self.n_stream: int = int(info.n_stream)
+        self.n_layer: int = int(info.n_layer)
+        self.type_k: str = format_name(info.type_k)
+        self.type_v: str = format_name(info.type_v)
+        self.n_head_kv: int = int(info.n_head_kv)
+        self.head_size_k: int = int(info.n_embd_head_k)
+        self.head_size_v: int = int(info.n_embd_head_v)
+        self.row_size_k: int = int(info.row_size_k)
+        self.row_size_v: int = int(info.row_size_v)
+        self.n_page: int = int(info.n_page)
 
     def __repr__(self) -> str:
-        return f"<Tier {self.n_stream} x {self.size} cells, K {self.type_k}, V {self.type_v}>"
+        with self._handle.glance() as cache:
+            used = "" if cache is None else f"{self._used(cache)} in use, "
+        return f"<Tier {self.n_stream} x {self.size} cells, {used}K {self.type_k}, V {self.type_v}>"
 
     @property
     def used(self) -> int:
         """Cells in use, all streams together."""
         with self._handle as cache:
-            return sum(int(np.count_nonzero(self._cells(cache, s)["pos"] >= 0)) for s in range(self.n_stream))
+            return self._used(cache)
 
     def n(self, stream: int = 0) -> int:
         """Cells in view: up to the last one in use, rounded up to a multiple of n_pad; 0 when the stream is empty."""
@@ -164,6 +166,9 @@ class Tier:
     def set_v(self, layer: int, cell: int, rows: Any, stream: int = 0) -> None:
         """Write V rows, like set_k()."""
         self._set(_V, layer, cell, rows, stream)
+
+    def _used(self, cache: Any) -> int:
+        return sum(int(np.count_nonzero(self._cells(cache, s)["pos"] >= 0)) for s in range(self.n_stream))
 
     def _stream(self, stream: Any) -> int:
         return check_int(stream, "stream", 0, self.n_stream - 1)

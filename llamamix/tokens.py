@@ -46,6 +46,7 @@ class Tokens:
 
     @property
     def n_outputs(self) -> int:
+        """Tokens whose logits are wanted."""
         return int(np.count_nonzero(self.output))
 
     def spans(self) -> dict[int, tuple[int, int]]:
@@ -53,6 +54,13 @@ class Tokens:
         pos = np.repeat(self.pos, self.n_seq)
         of_each = {int(seq_id): pos[self.seq_ids == seq_id] for seq_id in np.unique(self.seq_ids)}
         return {seq_id: (int(own[0]), len(own)) for seq_id, own in of_each.items()}
+
+    def of(self, seq_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a sequence and their positions."""
+        mine = self.seq_ids == seq_id
+        if len(mine) != len(self) or not mine.all():
+            mine = np.repeat(np.arange(len(self)), self.n_seq)[mine]
+        return self.tokens[mine], self.pos[mine]
 
     def to_c(self) -> tuple[Any, list[Any]]:
         """A ``struct llama_batch`` and what has to stay alive as long as it is used."""
@@ -109,7 +117,7 @@ def output_mask(logits: Any, n: int, last: np.ndarray) -> np.ndarray:
     mask = np.asarray(logits)
     if mask.shape != (n,) or mask.dtype.kind not in "biu":
         raise ParamsError(f"logits must be 'last', 'all' or {n} truth values, one per token.")
-    return (mask != 0).astype(np.int8)
+    return np.asarray(mask != 0, np.int8)
 
 
 def check_order(pos: np.ndarray, seq_ids: np.ndarray, n_seq: np.ndarray, may_jump: bool) -> None:

@@ -182,6 +182,8 @@ int32_t llama_chat_apply_template(
 
 // vocab
 
+bool    llama_vocab_get_add_bos(const struct llama_vocab * vocab);
+bool    llama_vocab_get_add_eos(const struct llama_vocab * vocab);
 int32_t llama_vocab_type    (const struct llama_vocab * vocab);
 int32_t llama_vocab_n_tokens(const struct llama_vocab * vocab);
 bool    llama_vocab_is_eog  (const struct llama_vocab * vocab, int32_t token);
@@ -276,6 +278,7 @@ struct llama_sampler * llama_sampler_chain_init(struct llama_sampler_chain_param
 void                   llama_sampler_chain_add (struct llama_sampler * chain, struct llama_sampler * smpl);
 void                   llama_sampler_apply     (struct llama_sampler * smpl, struct llama_token_data_array * cur_p);
 void                   llama_sampler_accept    (struct llama_sampler * smpl, int32_t token);
+void                   llama_sampler_reset     (struct llama_sampler * smpl);
 void                   llama_sampler_free      (struct llama_sampler * smpl);
 
 struct llama_sampler * llama_sampler_init_greedy    (void);
@@ -284,7 +287,14 @@ struct llama_sampler * llama_sampler_init_top_k     (int32_t k);
 struct llama_sampler * llama_sampler_init_top_p     (float p, size_t min_keep);
 struct llama_sampler * llama_sampler_init_min_p     (float p, size_t min_keep);
 struct llama_sampler * llama_sampler_init_typical   (float p, size_t min_keep);
-struct llama_sampler * llama_sampler_init_temp      (float t);
+struct llama_sampler * llama_sampler_init_temp_ext  (float t, float delta, float exponent);
+struct llama_sampler * llama_sampler_init_xtc       (float p, float t, size_t min_keep, uint32_t seed);
+struct llama_sampler * llama_sampler_init_top_n_sigma(float n);
+struct llama_sampler * llama_sampler_init_mirostat  (int32_t n_vocab, uint32_t seed, float tau, float eta, int32_t m);
+struct llama_sampler * llama_sampler_init_mirostat_v2(uint32_t seed, float tau, float eta);
+struct llama_sampler * llama_sampler_init_dry       (
+        const struct llama_vocab * vocab, float dry_multiplier, float dry_base, int32_t dry_allowed_length,
+        int32_t dry_penalty_last_n, const char ** seq_breakers, size_t num_breakers);
 struct llama_sampler * llama_sampler_init_penalties (
         int32_t n_vocab, int32_t penalty_last_n, float penalty_repeat, float penalty_freq, float penalty_present);
 struct llama_sampler * llama_sampler_init_logit_bias(

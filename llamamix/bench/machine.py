@@ -49,4 +49,4 @@ def _devices(*kinds: int) -> str:
 
 
 def _text(c_string: Any) -> str:
-    return ffi.string(c_string).decode("utf-8", "replace")
+    return str(ffi.string(c_string).decode("utf-8", "replace"))

@@ -15,7 +15,7 @@ UNLIMITED = 2**31 - 1
 
 
 def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log on stderr")
     return parser
 
@@ -40,7 +40,7 @@ def add_prompt(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def read_prompt(args: argparse.Namespace) -> str:
     if args.file is None:
-        return args.prompt
+        return str(args.prompt)
     if args.file == "-":
         return sys.stdin.read()
     with open(args.file, encoding="utf-8") as stream:
@@ -110,6 +110,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--frequency-penalty", type=float, default=0.0, metavar="N", help="0: off (default)")
     sampling.add_argument("--presence-penalty", type=float, default=0.0, metavar="N", help="0: off (default)")
     sampling.add_argument("--grammar", metavar="GBNF", help="grammar that the text must follow")
+    sampling.add_argument("-j", "--json-schema", metavar="SCHEMA", help="JSON schema that the text must follow")
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
@@ -128,6 +129,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         presence_penalty=args.presence_penalty,
         seed=None if args.seed == -1 else args.seed,
         grammar=args.grammar,
+        json_schema=args.json_schema,
     )
 
 

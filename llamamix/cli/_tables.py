@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from ..display import mib, types
+
 if TYPE_CHECKING:
     from ..stats import CacheStats, PerfData
-
-_MIB = 1 << 20
 
 
 def summary(n_prompt: int, n_generated: int, perf: PerfData, stats: CacheStats | None) -> Table:
@@ -27,21 +27,17 @@ def summary(n_prompt: int, n_generated: int, perf: PerfData, stats: CacheStats |
 
     per_migration = stats.t_migrate_us / stats.n_migrations if stats.n_migrations else 0.0
     table.add_section()
-    table.add_row(f"hot cells ({_types(stats.type_hot_k, stats.type_hot_v)})", f"{stats.hot_used} of {stats.hot_size}")
+    table.add_row(f"hot cells ({types(stats.type_hot_k, stats.type_hot_v)})", f"{stats.hot_used} of {stats.hot_size}")
     table.add_row(
-        f"cold cells ({_types(stats.type_cold_k, stats.type_cold_v)})", f"{stats.cold_used} of {stats.cold_size}"
+        f"cold cells ({types(stats.type_cold_k, stats.type_cold_v)})", f"{stats.cold_used} of {stats.cold_size}"
     )
     table.add_row("migrations", f"{stats.n_migrations}")
     table.add_row("tokens moved", f"{stats.n_tokens_moved}")
     table.add_row("time per migration", f"{per_migration:.0f} µs")
     table.add_section()
-    table.add_row("KV cache", f"{stats.bytes_total / _MIB:.1f} MiB")
-    table.add_row(f"all of it in {_types(stats.type_hot_k, stats.type_hot_v)}", f"{stats.bytes_plain / _MIB:.1f} MiB")
+    table.add_row("KV cache", mib(stats.bytes_total))
+    table.add_row(f"all of it in {types(stats.type_hot_k, stats.type_hot_v)}", mib(stats.bytes_plain))
     table.add_row("ratio", f"{stats.ratio:.3f}")
     if stats.bytes_rest > 0:
-        table.add_row("sliding windows, recurrent states", f"{stats.bytes_rest / _MIB:.1f} MiB")
+        table.add_row("sliding windows, recurrent states", mib(stats.bytes_rest))
     return table
-
-
-def _types(k: str, v: str) -> str:
-    return k if k == v else f"{k}, {v}"

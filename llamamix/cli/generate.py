@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._options import (
     UNLIMITED,
@@ -19,6 +19,10 @@ from ._options import (
     sampling_params,
     start_log,
 )
+
+if TYPE_CHECKING:
+    from ..context import Context
+    from ..model import Model
 
 
 def register(commands: Any) -> None:
@@ -67,7 +71,7 @@ def _run(args: argparse.Namespace) -> None:
             _print_stats(context, len(tokens))
 
 
-def _tokens(model: Any, prompt: str, args: argparse.Namespace) -> list[int]:
+def _tokens(model: Model, prompt: str, args: argparse.Namespace) -> list[int]:
     if not args.conversation:
         return model.tokenize(prompt, parse_special=True)
     messages = [{"role": "user", "content": prompt}]
@@ -76,7 +80,7 @@ def _tokens(model: Any, prompt: str, args: argparse.Namespace) -> list[int]:
     return model.tokenize(model.apply_chat_template(messages), parse_special=True)
 
 
-def _print_stats(context: Any, n_prompt: int) -> None:
+def _print_stats(context: Context, n_prompt: int) -> None:
     from rich.console import Console
 
     from ._tables import summary

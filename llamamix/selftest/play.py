@@ -128,7 +128,7 @@ def find(cache: MixedKVCache | UnifiedKVCache, pos: Sequence[int], seq: int = 0)
 def row(pos: int, layer: int, v: bool, head_size: int = HEAD) -> np.ndarray:
     """K or V of a token that tells where it belongs, float16 [n_head_kv, head_size]."""
     x = np.sin(0.1 * np.arange(N_HEAD_KV * head_size) + pos) * (1 + pos) + 10 * layer + 100 * v
-    return x.reshape(N_HEAD_KV, head_size).astype(np.float16)
+    return np.asarray(x.reshape(N_HEAD_KV, head_size), np.float16)
 
 
 def q4_0(rows: np.ndarray) -> np.ndarray:

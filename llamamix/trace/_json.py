@@ -31,7 +31,8 @@ class Record:
         data = parse(line)
         if data.pop("record") != cls.RECORD:
             raise ValueError(f"this is no {cls.RECORD}")
-        return from_dict(cls, data)
+        record: _R = from_dict(cls, data)
+        return record
 
 
 def parse(line: str) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def _record(line: bytes) -> Header | Event | Progress | End:
             raise ValueError(f"its version is {data.get('version')!r}, and {VERSION} is what can be read")
     if not isinstance(name, str) or name not in _TYPES:
         raise ValueError("it is of an unknown kind")
-    record = from_dict(_TYPES[name], data)
+    record: Header | Event | Progress | End = from_dict(_TYPES[name], data)
     if isinstance(record, Header):
         cache = record.cache
         if not {cache.type_hot_k, cache.type_hot_v, cache.type_cold_k, cache.type_cold_v} <= FORMATS.keys():

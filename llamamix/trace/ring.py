@@ -83,6 +83,15 @@ class Trace:
         self._memory: Any = None
         self._on = False
 
+    def __repr__(self) -> str:
+        if self._handle.closed:
+            state = "closed"
+        elif self._on:
+            state = f"on for {self.now():.1f} s"
+        else:
+            state = "not begun" if self._memory is None else "stopped"
+        return f"<Trace of up to {self._n_max} records, {state}, {self.n_dropped} dropped>"
+
     def __enter__(self) -> Trace:
         self.start()
         return self
@@ -110,9 +119,13 @@ class Trace:
             _running[_address(memory)] = self
 
             #: the cache's parameters in force
-            self.params = KVMixedParams.from_c(_filled("llama_kv_mixed_params", lib.llama_kv_mixed_get_params, memory))
+            self.params: KVMixedParams = KVMixedParams.from_c(
+                _filled("llama_kv_mixed_params", lib.llama_kv_mixed_get_params, memory)
+            )
             #: the cache as the trace began
-            self.cache = CacheStats.from_c(_filled("llama_kv_mixed_stats", lib.llama_kv_mixed_get_stats, memory))
+            self.cache: CacheStats = CacheStats.from_c(
+                _filled("llama_kv_mixed_stats", lib.llama_kv_mixed_get_stats, memory)
+            )
 
             self._t0_us = -1
             self._layer_errors: dict[int, list[LayerError]] = {}

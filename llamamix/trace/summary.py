@@ -32,7 +32,7 @@ class ErrorSum:
     def __init__(self) -> None:
         self._squares = 0.0
         self._n_tokens = 0
-        self.max = 0.0
+        self.max: float = 0.0
 
     def add(self, rmse: float | None, maximum: float | None, n_tokens: int) -> None:
         if rmse is None or maximum is None:  # not measured
@@ -58,26 +58,26 @@ class Summary:
 
     def __init__(self, header: Header) -> None:
         self.header = header
-        self.t = 0.0
-        self.hot_used = header.cache.hot_used
-        self.cold_used = header.cache.cold_used
-        self.progress = Progress(0.0, 0, 0, self.hot_used, self.cold_used, 0.0, 0.0, "")
+        self.t: float = 0.0
+        self.hot_used: int = header.cache.hot_used
+        self.cold_used: int = header.cache.cold_used
+        self.progress: Progress = Progress(0.0, 0, 0, self.hot_used, self.cold_used, 0.0, 0.0, "")
         self.end: End | None = None
-        self.text = ""  # the last of what was generated
+        self.text: str = ""  # the last of what was generated
         self.last: deque[Event] = deque(maxlen=N_LAST)
         self.moving: Event | None = None  # a migration that has begun
         self.migration: Event | None = None  # the last one that was completed
 
-        self.n_migrations = 0
-        self.n_tokens_moved = 0
-        self.n_failed = 0
-        self.n_refused = 0
-        self.time_moving = 0.0
-        self.time_max = 0.0
-        self.bytes_in = 0
-        self.bytes_out = 0
-        self.error_k = ErrorSum()
-        self.error_v = ErrorSum()
+        self.n_migrations: int = 0
+        self.n_tokens_moved: int = 0
+        self.n_failed: int = 0
+        self.n_refused: int = 0
+        self.time_moving: float = 0.0
+        self.time_max: float = 0.0
+        self.bytes_in: int = 0
+        self.bytes_out: int = 0
+        self.error_k: ErrorSum = ErrorSum()
+        self.error_v: ErrorSum = ErrorSum()
         self.layers: dict[int, tuple[ErrorSum, ErrorSum]] = {}
 
     def add(self, record: Event | Progress | End) -> None:

@@ -34,7 +34,7 @@ def write_tiny_model(
     n_ctx_train: int = 8192,
     rope_freq_base: float = 10000.0,
     weight_type: Type = Type.F32,
-    chat_template: str | None = "chatml",
+    chat_template: str | list[dict[str, str]] | None = "chatml",
     seed: int = 0,
 ) -> Path:
     """Write a GGUF file and return its path.
@@ -45,7 +45,7 @@ def write_tiny_model(
                    the size, and the last two layers use K and V of those two before
     weight_type    of the matrices
     n_vocab        beyond the words it is filled up with tokens that no text has
-    chat_template  None leaves it out
+    chat_template  or several, each with its name; None leaves it out
 
     Weights are normal random numbers of a scale that gives keys unit variance and queries twice that: scores differ by
     a few units, so attention prefers some positions, and the logits (standard deviation about 3) depend on all of them.

@@ -195,6 +195,8 @@ def test_sampling_flags(capsys: pytest.CaptureFixture, tiny_model_path: Path) ->
     assert text("--temp", 0, "--repeat-penalty", 5) != text("--temp", 0)
     assert text("--temp", 0, "--presence-penalty", 50) != text("--temp", 0)
     assert text("--temp", 0, "--grammar", 'root ::= "of the"') == "of the\n"
+    for flag in ("--json-schema", "-j"):
+        assert text("--temp", 0, flag, '{"const": "of the"}') == '"of the"\n'
 
 
 def test_a_conversation(capsys: pytest.CaptureFixture, tiny_model_path: Path, tiny_model: Model) -> None:

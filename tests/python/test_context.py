@@ -28,6 +28,7 @@ from llamamix import (
     Model,
     ParamsError,
     SamplingParams,
+    decoder,
 )
 from llamamix._ffi import ffi, lib
 from llamamix.sampling import Sampler
@@ -99,15 +100,41 @@ def test_which_logits_are_kept(make_context: MakeContext) -> None:
     assert context.logits.shape == (0, N_VOCAB)
 
 
-def test_logits_are_copies(make_context: MakeContext) -> None:
-    context = make_context()
-    context.decode([5])
+def test_logits_are_copied_once(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = []
+
+    def copy_rows(pointer: Any, n_rows: int, n_columns: int) -> np.ndarray:
+        copied.append(n_rows)
+        return copy(pointer, n_rows, n_columns)
+
+    copy = decoder._copy_rows
+    monkeypatch.setattr(decoder, "_copy_rows", copy_rows)
+    context = make_context(n_batch=32, embeddings=True)
+    context.decode(random_tokens(40), logits="all")
+    assert copied == [32, 32]  # logits and embeddings of the first batch, which the second one overwrites
     first = context.logits
+    assert all(context.logits is first and context.logits[-1].shape == (N_VOCAB,) for _ in range(3))
+    assert context.embeddings is context.embeddings
+    assert copied == [32, 32, 8, 8]
+
     before = first.copy()
     context.decode([6])
     np.testing.assert_array_equal(first, before)
-    first[:] = 0
-    assert context.logits.std() > 1
+    assert context.logits is not first
+    for array in (first, context.logits, context.embeddings):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 0
+
+
+def test_logits_of_a_decode_that_failed(make_context: MakeContext) -> None:
+    context = make_context()
+    context.decode([5])
+    assert len(context.logits) == 1
+    context.set_abort_callback(lambda: True)
+    with pytest.raises(DecodeAborted):
+        context.decode([6])
+    with pytest.raises(ContextError, match="no logits"):
+        _ = context.logits
 
 
 @pytest.mark.parametrize(
@@ -731,6 +758,46 @@ def test_embeddings(make_context: MakeContext) -> None:
         _ = plain.embeddings
 
 
+@pytest.mark.parametrize("pooling", ["none", "mean", "cls", "last", "rank"])
+@pytest.mark.parametrize("n_ubatch", [None, 64])
+def test_embeddings_are_those_of_a_plain_cache_or_refused(
+    make_context: MakeContext, pooling: str, n_ubatch: int | None
+) -> None:
+    """Whatever cache is asked for, and however many tokens there are; what one refuses for its ubatches so do others."""
+    refused = given = 0
+    for kv_mixed, is_lossy in ((True, False), ("hot=64,group=16", True), ("hot=64,group=16,cold=f32", False)):
+        for n in (50, 300, 600):
+            results = []
+            for kind in (False, kv_mixed):
+                context = make_context(
+                    **F32, n_ctx=1024, n_ubatch=n_ubatch, embeddings=True, pooling=pooling, kv_mixed=kind
+                )
+                try:
+                    context.decode(random_tokens(n))
+                    results.append(context.embeddings if pooling == "none" else context.embeddings_seq())
+                except ParamsError as error:
+                    assert "must be one ubatch" in str(error)
+                    results.append(None)
+                except ContextError as error:
+                    assert "not those of a plain cache" in str(error) and is_lossy and kind is not False
+                    refused += 1
+                    assert context.logits.shape[1] == N_VOCAB  # they are what they are
+                    results.append(results[0])
+            plain, mixed = results
+            assert (plain is None) == (mixed is None)
+            if plain is not None:
+                given += 1
+                np.testing.assert_allclose(mixed, plain, atol=F32_ATOL)
+    # pooled in one ubatch nothing is cold, or it is refused for being longer; else 300 and 600 tokens do not stay hot
+    assert (refused, given) == {"none": (2, 9), "last": (2, 9), "rank": (2, 9)}.get(pooling, (0, 3 if n_ubatch else 9))
+
+
+def test_embeddings_have_a_plain_cache_by_default(make_context: MakeContext) -> None:
+    assert make_context(n_ctx=1024, kv_mixed=True, embeddings=True).kv_mixed is None
+    assert make_context(n_ctx=1024, kv_mixed=True).kv_mixed.hot == 512
+    assert make_context(n_ctx=1024, kv_mixed=KVMixedParams(hot=64), embeddings=True).kv_mixed.hot == 64
+
+
 def each_token(make_context: MakeContext, tokens: np.ndarray, **params: Any) -> np.ndarray:
     """The embeddings of all tokens of a sequence, which nothing pools."""
     context = make_context(**F32, n_ctx=1024, embeddings=True, pooling="none", **params)
@@ -791,7 +858,9 @@ def test_sequences_are_pooled_apart(
         parts = [random_tokens(n, n) + s for s, n in enumerate(lengths)]
         seq_ids = np.repeat(np.arange(len(lengths)), lengths)
         if not kv_unified and len(set(lengths)) > 1 and pooling != "last":
-            with pytest.raises(ParamsError, match="of 25 to 70 tokens .* with kv_unified=True, or decode one at a time"):
+            with pytest.raises(
+                ParamsError, match="of 25 to 70 tokens .* with kv_unified=True, or decode one at a time"
+            ):
                 context.decode_batch(np.concatenate(parts), seq_ids)
             assert context.memory.seq_pos_max(1) == -1
             continue
@@ -831,7 +900,9 @@ def test_tokens_that_see_each_other_are_one_ubatch(
         assert np.abs(context.embeddings[0] - other.embeddings[0]).max() > 2 * F32_ATOL
 
         small = make_context(model, n_ubatch=16)
-        with pytest.raises(ParamsError, match="17 tokens must be one ubatch as they see each other, and n_ubatch is 16"):
+        with pytest.raises(
+            ParamsError, match="17 tokens must be one ubatch as they see each other, and n_ubatch is 16"
+        ):
             small.decode(tokens[:17])
         streams = make_context(model, n_ctx=512, n_seq_max=2)
         with pytest.raises(ParamsError, match="of 2 to 3 tokens can not be one ubatch as they see each other"):

@@ -189,13 +189,6 @@ def test_parameters_do_not_change(cls: type) -> None:
         setattr(params, dataclasses.fields(cls)[0].name, 1)
 
 
-def test_unknown_options_are_refused(tiny_model_path, make_context) -> None:
-    with pytest.raises(ParamsError, match="n_gpu_layer .*n_gpu_layers"):
-        Model(tiny_model_path, n_gpu_layer=1)
-    with pytest.raises(ParamsError, match="n_contxt"):
-        make_context(n_contxt=1)
-
-
 def test_what_kv_mixed_takes() -> None:
     assert resolve_kv_mixed(True) == KVMixedParams()
     assert resolve_kv_mixed("hot=64,sink=0") == KVMixedParams(hot=64, sink=0)
