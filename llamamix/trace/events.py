@@ -42,6 +42,7 @@ class LayerError:
     il              the layer
     rmse_k, rmse_v  root of the mean squared difference of the values
     max_k, max_v    the largest difference
+    rms_k, rms_v    root of the mean squared value before
     """
 
     il: int
@@ -49,6 +50,8 @@ class LayerError:
     max_k: float
     rmse_v: float
     max_v: float
+    rms_k: float
+    rms_v: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ class Event(Record):
     bytes_in, bytes_out   bytes of the rows before and after a migration
     rmse_k, rmse_v        error of the rows that moved, over all layers; None: not measured, or they were not finite
     max_k, max_v          the largest difference of a value
+    rms_k, rms_v          root of the mean squared value before, what the error is to be compared with
     layers                the same layer by layer, when the trace keeps that
     """
 
@@ -94,4 +98,6 @@ class Event(Record):
     max_k: float | None
     rmse_v: float | None
     max_v: float | None
+    rms_k: float | None
+    rms_v: float | None
     layers: tuple[LayerError, ...] = ()

@@ -72,8 +72,9 @@ def _draw_durations(axis: Any, migrations: list[Event]) -> None:
 
 def _draw_error(axis: Any, migrations: list[Event]) -> None:
     t = [event.t for event in migrations]
-    axis.plot(t, [event.rmse_k for event in migrations], "o-", label="K", color="tab:purple", markersize=4)
-    axis.plot(t, [event.rmse_v for event in migrations], "o-", label="V", color="tab:orange", markersize=4)
-    axis.set_ylabel("RMSE")
+    for label, color in (("K", "tab:purple"), ("V", "tab:orange")):
+        sides = ((getattr(e, f"rmse_{label.lower()}"), getattr(e, f"rms_{label.lower()}")) for e in migrations)
+        axis.plot(t, [100 * rmse / (rms or 1.0) for rmse, rms in sides], "o-", label=label, color=color, markersize=4)
+    axis.set_ylabel("error, % of the rows")
     axis.set_ylim(bottom=0)
     axis.legend(loc="upper left")

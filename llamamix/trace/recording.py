@@ -14,7 +14,7 @@ from ._json import Record, from_dict, parse
 from .events import Event
 
 FORMAT = "llamamix-trace"
-VERSION = 1
+VERSION = 2
 
 
 class TraceError(LlamamixError):

@@ -184,7 +184,7 @@ class Trace:
             for i in range(n):
                 c = self._c_layers[i]
                 if _are_numbers(c):
-                    error = LayerError(c.il, c.rmse_k, c.max_k, c.rmse_v, c.max_v)
+                    error = LayerError(c.il, c.rmse_k, c.max_k, c.rmse_v, c.max_v, c.rms_k, c.rms_v)
                     self._layer_errors.setdefault(c.id, []).append(error)
 
     def _with_layers(self, events: list[Event]) -> list[Event]:
@@ -230,12 +230,14 @@ def _event(c: Any, t0_us: int) -> Event:
         max_k=c.max_k if measured else None,
         rmse_v=c.rmse_v if measured else None,
         max_v=c.max_v if measured else None,
+        rms_k=c.rms_k if measured else None,
+        rms_v=c.rms_v if measured else None,
     )
 
 
 def _are_numbers(c: Any) -> bool:
     """False when an error was not measured, or rows were not finite."""
-    return all(map(math.isfinite, (c.rmse_k, c.max_k, c.rmse_v, c.max_v)))
+    return all(map(math.isfinite, (c.rmse_k, c.max_k, c.rmse_v, c.max_v, c.rms_k, c.rms_v)))
 
 
 def _natural(value: int) -> int | None:

@@ -31,14 +31,16 @@ class ErrorSum:
 
     def __init__(self) -> None:
         self._squares = 0.0
+        self._squares_before = 0.0  # of the values themselves
         self._n_tokens = 0
         self.max: float = 0.0
 
-    def add(self, rmse: float | None, maximum: float | None, n_tokens: int) -> None:
-        if rmse is None or maximum is None:  # not measured
+    def add(self, rmse: float | None, maximum: float | None, rms: float | None, n_tokens: int) -> None:
+        if rmse is None or maximum is None or rms is None:  # not measured
             return
         # every token has as many values, so tokens are the weight
         self._squares += rmse * rmse * n_tokens
+        self._squares_before += rms * rms * n_tokens
         self._n_tokens += n_tokens
         self.max = max(self.max, maximum)
 
@@ -46,8 +48,15 @@ class ErrorSum:
     def rmse(self) -> float:
         return math.sqrt(self._squares / self._n_tokens) if self._n_tokens else 0.0
 
+    @property
+    def relative(self) -> float:
+        """The error as a share of what the values are, by their root mean squares."""
+        return math.sqrt(self._squares / self._squares_before) if self._squares_before else 0.0
+
     def __str__(self) -> str:
-        return f"RMSE {self.rmse:.4f}, max {self.max:.3f}" if self._n_tokens else "not measured"
+        if not self._n_tokens:
+            return "not measured"
+        return f"RMSE {self.rmse:.4f} ({100 * self.relative:.1f} %), max {self.max:.3f}"
 
 
 class Summary:
@@ -111,12 +120,12 @@ class Summary:
         self.time_max = max(self.time_max, event.duration)
         self.bytes_in += event.bytes_in
         self.bytes_out += event.bytes_out
-        self.error_k.add(event.rmse_k, event.max_k, event.n_tokens)
-        self.error_v.add(event.rmse_v, event.max_v, event.n_tokens)
+        self.error_k.add(event.rmse_k, event.max_k, event.rms_k, event.n_tokens)
+        self.error_v.add(event.rmse_v, event.max_v, event.rms_v, event.n_tokens)
         for error in event.layers:
             k, v = self.layers.setdefault(error.il, (ErrorSum(), ErrorSum()))
-            k.add(error.rmse_k, error.max_k, event.n_tokens)
-            v.add(error.rmse_v, error.max_v, event.n_tokens)
+            k.add(error.rmse_k, error.max_k, error.rms_k, event.n_tokens)
+            v.add(error.rmse_v, error.max_v, error.rms_v, event.n_tokens)
 
     #
     # in words
@@ -189,10 +198,11 @@ class Summary:
             return [table]
 
         by_layer = Table(title="error by layer")
-        for name in ("layer", "RMSE K", "max K", "RMSE V", "max V"):
+        for name in ("layer", "RMSE K", "% of K", "max K", "RMSE V", "% of V", "max V"):
             by_layer.add_column(name, justify="right")
-        for il, (k, v) in sorted(self.layers.items()):
-            by_layer.add_row(f"{il}", f"{k.rmse:.4f}", f"{k.max:.3f}", f"{v.rmse:.4f}", f"{v.max:.3f}")
+        for il, pair in sorted(self.layers.items()):
+            cells = ((f"{e.rmse:.4f}", f"{100 * e.relative:.1f}", f"{e.max:.3f}") for e in pair)
+            by_layer.add_row(f"{il}", *(cell for side in cells for cell in side))
         return [table, by_layer]
 
 

@@ -103,20 +103,20 @@ def _layers(summary: Summary) -> Table:
     grid.add_column(style="bold")
     for side, name in enumerate("KV"):
         errors = {il: pair[side] for il, pair in sorted(summary.layers.items())}
-        worst = max(errors, key=lambda il: errors[il].rmse)
-        largest = f"RMSE up to {errors[worst].rmse:.4f} (layer {worst})"
+        worst = max(errors, key=lambda il: errors[il].relative)
+        largest = f"error up to {100 * errors[worst].relative:.1f} % (layer {worst})"
         grid.add_row(f"{name} by layer", _sparks(list(errors.values())), largest)
     return grid
 
 
 def _sparks(errors: list[ErrorSum]) -> str:
-    top = max(error.rmse for error in errors) or 1.0
-    return "".join(_SPARKS[min(int(len(_SPARKS) * error.rmse / top), len(_SPARKS) - 1)] for error in errors)
+    top = max(error.relative for error in errors) or 1.0
+    return "".join(_SPARKS[min(int(len(_SPARKS) * error.relative / top), len(_SPARKS) - 1)] for error in errors)
 
 
 def _events(summary: Summary) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("event", "seconds", "tokens", "positions", "hot", "cold", "µs", "RMSE K", "RMSE V"):
+    for name in ("event", "seconds", "tokens", "positions", "hot", "cold", "µs", "error K", "error V"):
         table.add_column(name, justify="left" if name == "event" else "right")
     for event in summary.last:
         positions = "" if event.pos_min is None else f"{event.pos_min} to {event.pos_max}"
@@ -128,12 +128,16 @@ def _events(summary: Summary) -> Table:
             f"{event.hot_used}",
             f"{event.cold_used}",
             f"{1e6 * event.duration:.0f}" if event.duration else "",
-            "" if event.rmse_k is None else f"{event.rmse_k:.4f}",
-            "" if event.rmse_v is None else f"{event.rmse_v:.4f}",
+            _relative(event.rmse_k, event.rms_k),
+            _relative(event.rmse_v, event.rms_v),
         )
     for _ in range(len(summary.last), N_LAST):  # the height stays
         table.add_row()
     return table
+
+
+def _relative(rmse: float | None, rms: float | None) -> str:
+    return "" if rmse is None or not rms else f"{100 * rmse / rms:.1f} %"
 
 
 class _Tail:

@@ -236,9 +236,8 @@ def test_records_come_back(tmp_path: Path) -> None:
     flat = rows[1].flat()
     assert (flat["n_lookups"], flat["n_found"]) == (2, 1) and "lookup_found" not in flat
     assert rows[1].share == 34 / 64
-    assert [make_row(model_filename=name).model for name in ("a.F32-0123456789ab.gguf", "b-c.gguf", "d.F32-x.gguf")] == [
-        "a.F32", "b-c", "d.F32-x",
-    ]  # fmt: skip
+    names = ("a.F32-0123456789ab.gguf", "b-c.gguf", "d.F32-x.gguf")
+    assert [make_row(model_filename=name).model for name in names] == ["a.F32", "b-c", "d.F32-x"]
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ def test_events_tell_what_happened(
         assert after.bytes_out == after.n_tokens * N_LAYER * 2 * row
         assert 0 < after.duration < 1
         assert (after.rmse_k, after.max_k, after.rmse_v, after.max_v, after.layers) == (None, None, None, None, ())
+        assert (after.rms_k, after.rms_v) == (None, None)
 
 
 def test_streams_are_told_apart(make_context: Callable[..., Context]) -> None:
@@ -408,12 +409,15 @@ def test_the_error_is_that_of_the_rows(cold: str, mean: bool) -> None:
     assert event.rmse_k == pytest.approx(rmse(difference[0]), rel=1e-6)
     assert event.rmse_v == pytest.approx(rmse(difference[1]), rel=1e-6)
     assert (event.max_k, event.max_v) == (difference[0].max(), difference[1].max())
+    assert (event.rms_k, event.rms_v) == pytest.approx((rmse(rows[0, :, :3]), rmse(rows[1, :, :3])), rel=1e-6)
     assert len(event.layers) == N_LAYER
     for il, error in enumerate(event.layers):
         assert error.il == il
         assert error.rmse_k == pytest.approx(rmse(difference[0, il]), rel=1e-6)
         assert error.rmse_v == pytest.approx(rmse(difference[1, il]), rel=1e-6)
         assert (error.max_k, error.max_v) == (difference[0, il].max(), difference[1, il].max())
+        assert error.rms_k == pytest.approx(rmse(rows[0, il, :3]), rel=1e-6)
+        assert error.rms_v == pytest.approx(rmse(rows[1, il, :3]), rel=1e-6)
     if cold == "f16":
         assert event.rmse_k == event.rmse_v == 0.0
     else:
@@ -435,7 +439,9 @@ def test_the_error_of_a_context(make_context: Callable[..., Context]) -> None:
         stored = [[get(il).dequantize()[0] for il in range(N_LAYER)] for get in (cache.cold.get_k, cache.cold.get_v)]
         if cold != "f16":
             stored[0] = [rows + cache.cold.get_means(il)[0, 0].astype(np.float32) for il, rows in enumerate(stored[0])]
-        for side, measured, largest in ((0, event.rmse_k, event.max_k), (1, event.rmse_v, event.max_v)):
+        measurements = ((event.rmse_k, event.max_k, event.rms_k), (event.rmse_v, event.max_v, event.rms_v))
+        for side, (measured, largest, scale) in enumerate(measurements):
+            assert scale == pytest.approx(rmse(np.array([h[:8] for h in hot[side]])), rel=1e-6)
             # cells are taken in the order of the positions
             turn = np.eye(64) if cold == "f16" else hadamard(64)  # rows are rotated before they are quantised
             difference = np.abs(np.array([s[:8] @ turn - h[:8] for s, h in zip(stored[side], hot[side], strict=True)]))

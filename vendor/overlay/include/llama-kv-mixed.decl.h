@@ -180,6 +180,8 @@ struct llama_kv_mixed_event {
     float    max_k;
     float    rmse_v;
     float    max_v;
+    float    rms_k;     // of the values before: what the error is to be compared with
+    float    rms_v;
 };
 
 // the quantisation error of one layer in a migration
@@ -190,6 +192,8 @@ struct llama_kv_mixed_layer_error {
     float    max_k;
     float    rmse_v;
     float    max_v;
+    float    rms_k;     // of the values before
+    float    rms_v;
 };
 
 enum llama_kv_mixed_trace_flags {

@@ -12,19 +12,20 @@ void llama_kv_cache_mixed::measure_error(
                              llama_kv_mixed_event & event,
           std::vector<llama_kv_mixed_layer_error> & layers) const {
     struct error {
-        double   sum = 0.0;
-        float    max = 0.0f;
-        uint64_t n   = 0;
+        double   sum     = 0.0;
+        double   sum_src = 0.0;
+        float    max     = 0.0f;
+        uint64_t n       = 0;
 
         void add(const error & other) {
-            sum += other.sum;
-            max  = std::max(max, other.max);
-            n   += other.n;
+            sum     += other.sum;
+            sum_src += other.sum_src;
+            max      = std::max(max, other.max);
+            n       += other.n;
         }
 
-        float rmse() const {
-            return n == 0 ? 0.0f : (float) std::sqrt(sum/n);
-        }
+        float rmse() const { return n == 0 ? 0.0f : (float) std::sqrt(sum    /n); }
+        float rms () const { return n == 0 ? 0.0f : (float) std::sqrt(sum_src/n); }
     };
 
     // row of a tensor, in the basis of hot rows
@@ -59,8 +60,9 @@ void llama_kv_cache_mixed::measure_error(
             for (size_t j = 0; j < row_src.size(); ++j) {
                 const float d = std::fabs(row_src[j] - row_dst[j]);
 
-                res.sum += (double) d*d;
-                res.max  = std::max(res.max, d);
+                res.sum     += (double) d*d;
+                res.sum_src += (double) row_src[j]*row_src[j];
+                res.max      = std::max(res.max, d);
             }
 
             res.n += row_src.size();
@@ -82,11 +84,13 @@ void llama_kv_cache_mixed::measure_error(
         k_all.add(k);
         v_all.add(v);
 
-        layers.push_back({ 0, (int32_t) hot.il, k.rmse(), k.max, v.rmse(), v.max });
+        layers.push_back({ 0, (int32_t) hot.il, k.rmse(), k.max, v.rmse(), v.max, k.rms(), v.rms() });
     }
 
     event.rmse_k = k_all.rmse();
     event.max_k  = k_all.max;
     event.rmse_v = v_all.rmse();
     event.max_v  = v_all.max;
+    event.rms_k  = k_all.rms();
+    event.rms_v  = v_all.rms();
 }

@@ -362,7 +362,7 @@ llama_kv_mixed_event llama_kv_cache_mixed::make_event(
         res.seqs[seq_id/64] |= 1ull << (seq_id % 64);
     }
 
-    res.rmse_k = res.max_k = res.rmse_v = res.max_v = NAN;
+    res.rmse_k = res.max_k = res.rmse_v = res.max_v = res.rms_k = res.rms_v = NAN;
 
     return res;
 }
