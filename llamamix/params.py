@@ -101,12 +101,19 @@ def options_of(params: Any) -> dict[str, Any]:
 #
 
 
+_TYPE_AUTO = -1
+
+
+def _resolve(cold: str) -> str:
+    return "iq4_nl" if cold == "auto" else cold
+
+
 @dataclass(frozen=True, slots=True)
 class KVMixedParams:
     """How a mixed KV cache is shaped.
 
     hot        cells per stream that hold the newest tokens in the context's ``type_k`` and ``type_v`` (F16)
-    cold       ggml type of the older tokens
+    cold       ggml type of the older tokens; "auto": iq4_nl, or q4_0 where the device that holds them does not have that
     cold_k     the same for K alone, None: ``cold``
     cold_v     the same for V alone, None: ``cold``
     group      the most tokens that one migration moves (never more than a quarter of ``hot``)
@@ -121,7 +128,7 @@ class KVMixedParams:
     """
 
     hot: int = 512
-    cold: str = "q4_0"
+    cold: str = "auto"
     cold_k: str | None = None
     cold_v: str | None = None
     group: int = 128
@@ -145,20 +152,19 @@ class KVMixedParams:
             raise ParamsError(f"threshold must be over 0 and at most 1, not {self.threshold:g}.")
         _check_bool(self, "mean")
         _check_name(self, "attn", ATTN_TYPES)
-        _check_name(self, "cold", FORMATS)
-        for name in ("cold_k", "cold_v"):
-            if getattr(self, name) is not None:
+        for name, possible in (("cold", ("auto",)), ("cold_k", ("auto", None)), ("cold_v", ("auto", None))):
+            if getattr(self, name) not in possible:
                 _check_name(self, name, FORMATS)
 
     @property
     def type_cold_k(self) -> str:
-        """ggml type of cold K rows."""
-        return self.cold_k or self.cold
+        """ggml type of cold K rows; of "auto" that in the CPU's memory."""
+        return _resolve(self.cold_k or self.cold)
 
     @property
     def type_cold_v(self) -> str:
-        """ggml type of cold V rows."""
-        return self.cold_v or self.cold
+        """ggml type of cold V rows, likewise."""
+        return _resolve(self.cold_v or self.cold)
 
     @property
     def has_means(self) -> bool:
@@ -190,7 +196,7 @@ class KVMixedParams:
 
     def spec(self) -> str:
         """The text that parse() reads back to the same cache."""
-        k, v = self.type_cold_k, self.type_cold_v
+        k, v = self.cold_k or self.cold, self.cold_v or self.cold
         cold = f"cold={k}" if k == v else f"cold_k={k},cold_v={v}"
         size = f",cold_size={self.cold_size}" if self.cold_size else ""
         mean = "" if self.mean else ",mean=off"
@@ -200,7 +206,8 @@ class KVMixedParams:
     @classmethod
     def from_c(cls, c_params: Any) -> KVMixedParams:
         """From a ``struct llama_kv_mixed_params *``."""
-        k, v = format_name(c_params.type_cold_k), format_name(c_params.type_cold_v)
+        types = c_params.type_cold_k, c_params.type_cold_v
+        k, v = ("auto" if type == _TYPE_AUTO else format_name(type) for type in types)
         return cls(
             hot=c_params.n_hot,
             **({"cold": k} if k == v else {"cold_k": k, "cold_v": v}),
@@ -220,8 +227,9 @@ class KVMixedParams:
         c_params.n_group = self.group
         c_params.n_sink = self.sink
         c_params.threshold = self.threshold
-        c_params.type_cold_k = FORMATS[self.type_cold_k].type
-        c_params.type_cold_v = FORMATS[self.type_cold_v].type
+        k, v = self.cold_k or self.cold, self.cold_v or self.cold
+        c_params.type_cold_k = _TYPE_AUTO if k == "auto" else FORMATS[k].type
+        c_params.type_cold_v = _TYPE_AUTO if v == "auto" else FORMATS[v].type
         c_params.mean = self.mean
         c_params.attn = ATTN_TYPES[self.attn]
         return c_params

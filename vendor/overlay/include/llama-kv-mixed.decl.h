@@ -25,8 +25,8 @@ struct llama_kv_mixed_params {
 
     float threshold;    // migrate when hot use passes this share of n_hot, (0, 1]
 
-    int32_t type_cold_k; // enum ggml_type of cold K rows
-    int32_t type_cold_v; // enum ggml_type of cold V rows
+    int32_t type_cold_k; // enum ggml_type of cold K rows; -1: IQ4_NL where the device that holds them has it, else Q4_0
+    int32_t type_cold_v; // the same of cold V rows
 
     int32_t attn;        // enum llama_kv_mixed_attn_type
 
@@ -63,7 +63,7 @@ struct llama_kv_mixed_stats {
     uint64_t bytes_rest;     // bytes allocated for what is not mixed: the cache of sliding windows, recurrent states
 };
 
-// hot 512, cold q4_0, group 128, threshold 0.8, sink 4, attn auto, mean 1
+// hot 512, cold auto (-1), group 128, threshold 0.8, sink 4, attn auto, mean 1
 struct llama_kv_mixed_params llama_kv_mixed_default_params(void);
 
 // Reads a spec such as "hot=512,cold=q4_0,group=128,threshold=0.8,sink=4" into *params. It may begin with the name of a preset

@@ -151,13 +151,26 @@ llama_kv_cache * llama_kv_mixed_new_cache(
 
     GGML_ASSERT(swa_type == LLAMA_SWA_TYPE_NONE && !mem_other);
 
+    const auto create = [&](ggml_type type_auto) {
+        auto res = std::make_unique<llama_kv_cache_mixed>(
+                model, hparams, type_k, type_v, llama_kv_mixed_with_auto(*params, type_auto), offload, unified, kv_size, n_seq_max, n_pad, filter, reuse);
+        llama_kv_mixed_check_attn(model.hparams, *res);
+        return res.release();
+    };
+
     try {
         grow_hot(*params, kv_size, unified ? n_seq_max : 1);
 
-        auto res = std::make_unique<llama_kv_cache_mixed>(
-                model, hparams, type_k, type_v, *params, offload, unified, kv_size, n_seq_max, n_pad, filter, reuse);
-        llama_kv_mixed_check_attn(model.hparams, *res);
-        return res.release();
+        if (params->type_cold_k != LLAMA_KV_MIXED_TYPE_AUTO && params->type_cold_v != LLAMA_KV_MIXED_TYPE_AUTO) {
+            return create(GGML_TYPE_COUNT);
+        }
+
+        try {
+            return create(GGML_TYPE_IQ4_NL);
+        } catch (const std::exception & err) {
+            LLAMA_LOG_DEBUG("%s: cold rows are not iq4_nl: %s\n", __func__, err.what());
+        }
+        return create(GGML_TYPE_Q4_0);
     } catch (const std::exception & err) {
         fail(err.what());
     }

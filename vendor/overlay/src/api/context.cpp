@@ -24,8 +24,8 @@ LLAMA_API llama_kv_mixed_params llama_kv_mixed_default_params(void) {
         /*.n_group     =*/ 128,
         /*.n_sink      =*/ 4,
         /*.threshold   =*/ 0.8f,
-        /*.type_cold_k =*/ GGML_TYPE_Q4_0,
-        /*.type_cold_v =*/ GGML_TYPE_Q4_0,
+        /*.type_cold_k =*/ LLAMA_KV_MIXED_TYPE_AUTO,
+        /*.type_cold_v =*/ LLAMA_KV_MIXED_TYPE_AUTO,
         /*.attn        =*/ LLAMA_KV_MIXED_ATTN_AUTO,
         /*.mean        =*/ 1,
     };

@@ -90,7 +90,7 @@ llama_kv_cache_mixed::setup llama_kv_cache_mixed::make_setup(
                        uint32_t   n_ctx_seq,
                        uint32_t   n_pad,
           const layer_filter_cb & filter) {
-    const auto params = resolve_params(params_req, n_ctx_seq, n_pad);
+    const auto params = llama_kv_mixed_with_auto(resolve_params(params_req, n_ctx_seq, n_pad), GGML_TYPE_IQ4_NL);
 
     for (const ggml_type type : { type_k, type_v }) {
         if (type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && type != GGML_TYPE_F32) {

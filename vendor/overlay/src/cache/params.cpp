@@ -31,15 +31,19 @@ static std::string trim(const std::string & s) {
     return b == std::string::npos ? "" : s.substr(b, e - b + 1);
 }
 
-static ggml_type parse_type(const std::string & key, const std::string & value) {
+static int32_t parse_type(const std::string & key, const std::string & value) {
     std::string name = value;
     std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
+
+    if (name == "auto") {
+        return LLAMA_KV_MIXED_TYPE_AUTO;
+    }
 
     if (const auto * type = llama_kv_mixed_find_format(name)) {
         return type->type;
     }
 
-    throw std::invalid_argument(format("%s=%s is not a KV cache type (%s)", key.c_str(), value.c_str(), llama_kv_mixed_format_names().c_str()));
+    throw std::invalid_argument(format("%s=%s is not a KV cache type (auto, %s)", key.c_str(), value.c_str(), llama_kv_mixed_format_names().c_str()));
 }
 
 static uint32_t parse_count(const std::string & key, const std::string & value) {
@@ -108,7 +112,7 @@ static void apply(const spec_items & items, llama_kv_mixed_params & res) {
         else if (key == "attn")      { res.attn        = parse_attn (key, value); }
         else if (key == "cold") {
             // cold_k and cold_v are more specific, wherever they stand
-            const ggml_type type = parse_type(key, value);
+            const int32_t type = parse_type(key, value);
             if (!seen.count("cold_k")) { res.type_cold_k = type; }
             if (!seen.count("cold_v")) { res.type_cold_v = type; }
         } else {
@@ -166,6 +170,13 @@ llama_kv_mixed_params llama_kv_mixed_parse_spec(const std::string & spec) {
     return res;
 }
 
+llama_kv_mixed_params llama_kv_mixed_with_auto(llama_kv_mixed_params params, ggml_type type) {
+    for (int32_t * cur : { &params.type_cold_k, &params.type_cold_v }) {
+        *cur = *cur == LLAMA_KV_MIXED_TYPE_AUTO ? (int32_t) type : *cur;
+    }
+    return params;
+}
+
 void llama_kv_mixed_validate(const llama_kv_mixed_params & params) {
     if (params.n_hot == 0) {
         throw std::invalid_argument("hot must be at least 1 cell");
@@ -186,7 +197,7 @@ void llama_kv_mixed_validate(const llama_kv_mixed_params & params) {
         throw std::invalid_argument(format("mean=%d is not 0 or 1", params.mean));
     }
     for (const int32_t type : { params.type_cold_k, params.type_cold_v }) {
-        if (!llama_kv_mixed_find_format(type)) {
+        if (type != LLAMA_KV_MIXED_TYPE_AUTO && !llama_kv_mixed_find_format(type)) {
             throw std::invalid_argument(format("the cold type %d is not a KV cache type", type));
         }
     }

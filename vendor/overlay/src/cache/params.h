@@ -9,6 +9,12 @@
 // the parameters of a mixed KV cache, and where they come from
 //
 
+// a cold type that depends on the device
+#define LLAMA_KV_MIXED_TYPE_AUTO (-1)
+
+// params with that as the given type
+llama_kv_mixed_params llama_kv_mixed_with_auto(llama_kv_mixed_params params, ggml_type type);
+
 // throws std::invalid_argument with one sentence
 llama_kv_mixed_params llama_kv_mixed_parse_spec(const std::string & spec);
 void                  llama_kv_mixed_validate  (const llama_kv_mixed_params & params);
