@@ -250,10 +250,15 @@ def _file_progress() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[_Bar]:
-    from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:.0f}/s")
 
     columns = (
-        *(BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TaskProgressColumn(show_speed=True)),
+        *(BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), Speed()),
         *(TimeRemainingColumn(elapsed_when_finished=True), TextColumn("{task.description}", markup=False)),
     )
     with bars(*columns) as progress:
@@ -281,8 +286,9 @@ class _Bar:
 
 def _replay(args: argparse.Namespace) -> None:
     from ..eval import read_records
+    from ..eval.records import unique
 
-    rows = [row for file in args.replay for row in read_records(file)]
+    rows = unique([row for file in args.replay for row in read_records(file)])
     with _Output(args) as output:
         output.add(rows)
         output.finish()
@@ -330,7 +336,9 @@ class _Output:
             sys.stdout.write(render([row.record() for row in self._rows], "json"))
         elif args.output == "csv":
             sys.stdout.write(render([row.flat() for row in self._rows], "csv"))
-        results = results_grids(self._rows)
-        show([*results, *overview_grids(self._rows), *lookup_grids(self._rows)], args.output)
+        grids = results_grids(self._rows)
+        if len({(row.text, row.leg) for row in self._rows}) > 1:
+            grids += overview_grids(self._rows)
+        show([*grids, *lookup_grids(self._rows)], args.output)
         if args.plot and points(self._rows):
             plot(self._rows, args.plot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -118,6 +119,15 @@ class Row:
         values = asdict(self)
         del values["lookup_distances"], values["lookup_found"]
         return values | {"n_lookups": len(self.lookup_found), "n_found": sum(self.lookup_found)}
+
+
+def unique(rows: Iterable[Row]) -> list[Row]:
+    """Rows without those that have been there before: a cache of that name in the same leg, text, context and model."""
+    seen: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        where = (row.model_sha256, row.n_ctx, row.text, row.text_sha256, row.leg, row.n_decode, row.stride)
+        seen.setdefault((*where, row.reference, row.cache), row)
+    return list(seen.values())
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Row]:

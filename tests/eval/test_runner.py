@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiny_model import write_tiny_model
 
-from llamamix import Context, ContextError, KVMixedParams, Model, ParamsError
+from llamamix import Context, ContextError, KVMixedParams, Model, ParamsError, _ffi
 from llamamix.bench import machine
 from llamamix.eval import Case, EvalError, Plan, Recall, Row, Runner, Store, Text, cases, lockstep, runner
 from llamamix.eval.cases import ABLATION, CANDIDATE, NOISE, REFERENCE, changed
@@ -169,6 +170,26 @@ def test_rows_say_what_was_run(tiny_model: Model) -> None:
         assert row.lookup_found == ()
 
 
+def test_what_contexts_are_made_with(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    class Noted(Context):
+        def __init__(self, model: Model, **params: Any) -> None:
+            made.append(params)
+            super().__init__(model, **params)
+
+    monkeypatch.setattr(lockstep, "Context", Noted)
+    evaluate(tiny_model)
+    common = {"n_ctx": N_CTX, "n_batch": 128, "n_threads": 1, "swa_full": False}
+    f16, plain = {"type_k": "f16", "type_v": "f16"}, {"kv_mixed": False, "flash_attn": "auto", "n_ubatch": 64}
+    assert made == [
+        common | f16 | plain,
+        common | f16 | plain | {"flash_attn": "off", "n_ubatch": 32},
+        common | plain | {"type_k": "q8_0", "type_v": "q8_0"},
+        common | f16 | plain | {"kv_mixed": MIXED},
+    ]
+
+
 def test_lookups(tiny_model: Model, kept: dict) -> None:
     """A model that knows nothing finds nothing; one that is told the next token finds all."""
     source = Recall(some_text(n=9000))
@@ -204,6 +225,26 @@ def test_one_pass_gives_what_two_give(tiny_model: Model, kept: dict) -> None:
             (alone,) = kept[key]
             for name in Scores.__dataclass_fields__:
                 assert (getattr(scores, name) == getattr(alone, name)).all(), (key, name)
+
+
+@pytest.mark.parametrize("arch", ["gemma4", "lfm2"])
+def test_one_pass_with_other_memories(arch: str, tmp_path: Path, kept: dict) -> None:
+    """Sliding windows and recurrent layers are brought back as well, with all that is counted."""
+    shape = {"gemma4": {"n_layer": 6}, "lfm2": {"n_layer": 4, "n_embd": 256}}[arch]
+    plan = replace(PLAN, n_batch=64)
+    with Model(write_tiny_model(tmp_path / "tiny.gguf", arch=arch, **shape)) as model:
+        evaluate(model, plan)
+        shared = {key: Scores.join(parts) for key, parts in kept.items()}
+        kept.clear()
+        rows, _ = evaluate(model, replace(plan, legs=("decode",)))
+    for key, (alone,) in kept.items():
+        # cells may come back in another order, and sums be rounded otherwise: logits by 1e-5, this by the square
+        assert np.abs(shared[key].kld - alone.kld).max() < 1e-9
+        assert np.abs(shared[key].nll - alone.nll).max() < 1e-4
+    if arch == "gemma4":  # two layers with 2 heads of 32 have a window of 64 and room for a ubatch, in cells by the 256
+        windows = 256 * 2 * 2 * 2 * 32 * 2
+        assert rows[0].kv_bytes == rows[0].f16_bytes == N_CTX * BYTES["f16"] + windows
+        assert rows[2].kv_bytes == N_CTX * BYTES["q8_0"] + windows * 34 // 64
 
 
 def test_a_context_begins_anew(tiny_model: Model, kept: dict) -> None:
@@ -277,6 +318,9 @@ def test_nothing_is_computed_twice(tiny_model: Model, tmp_path: Path, contexts: 
         evaluate(tiny_model, replace(PLAN, **changes), store=store)
         assert contexts, changes
     contexts.clear()
+    evaluate(tiny_model, replace(PLAN, reference="f32"), cases("f32", 64, ["q8_0"]), store=store)
+    assert contexts == ["f32", "f32 again", "q8_0"]
+    contexts.clear()
     evaluate(tiny_model, replace(PLAN, n_threads=2), store=store)  # which gives the same
     assert contexts == []
 
@@ -345,6 +389,23 @@ def test_a_store(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EvalError, match="can not be kept in"):
         Store(tmp_path / "file").save("ab12", found)
+
+
+def test_a_library_is_known_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libllama and all of ggml, whichever of them a change is in."""
+    (tmp_path / "other").mkdir()
+    names = [_ffi._file_name(name) for name in ("llama", "ggml", "ggml-base", "ggml-cpu", "mtmd")]
+    for name in names:
+        (tmp_path / name).write_text("one")
+    monkeypatch.setattr(_ffi, "_lib_dirs", lambda: [tmp_path / "other", tmp_path])
+    first = library_digest()
+    for name in names[:4]:
+        (tmp_path / name).write_text("two")
+        assert library_digest() != first
+        (tmp_path / name).write_text("one")
+    (tmp_path / names[4]).write_text("two")  # which is no part of it
+    (tmp_path / f"{names[1]}.0").symlink_to(tmp_path / names[1])
+    assert library_digest() == first
 
 
 class _Interrupt:

@@ -84,7 +84,7 @@ def test_what_comes_again(tiny_model: Model, n_ctx: int) -> None:
             assert distances not in (sorted(distances), sorted(distances, reverse=True))
     assert chunks[0].tokens.tolist() != chunks[1].tokens.tolist()
     with pytest.raises(ParamsError, match="The text for recall has"):
-        Recall(text_of(600)).chunks(tiny_model, n_ctx, 2)
+        Recall(text_of(600)).chunks(tiny_model, n_ctx, 9)
 
 
 def test_a_context_too_short_for_lines(tiny_model: Model) -> None:
