@@ -25,7 +25,7 @@ class Preset:
 
 @cache
 def _table() -> dict[str, Preset]:
-    res = {}
+    res: dict[str, Preset] = {}
     preset = sized("struct llama_kv_mixed_preset *")
     while lib.llama_kv_mixed_get_preset(len(res), preset) == 0:
         name, what, spec = (ffi.string(text).decode() for text in (preset.name, preset.what, preset.spec))

@@ -48,7 +48,7 @@ from llamamix.eval.table import lookup_grids, overview_grids, results_grids  # n
 from llamamix.grid import Grid  # noqa: E402
 
 # the presets, and what they are compared with
-_MIXED = "1;hot=512,cold_k=q5_0,cold_v=q4_0;hot=512,cold_k=q8_0,cold_v=q4_0"
+_MIXED = "default;quality;memory;cold=q4_0,mean=off"
 
 # Batches of 256 tokens: the prompt of the decode leg ends with one, so both legs begin with the same batches.
 # Plain caches of 4 and 5 bits take ten minutes each at 8192 tokens.

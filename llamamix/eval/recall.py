@@ -45,9 +45,9 @@ class Recall:
     """
 
     def __init__(self, base: Text) -> None:
-        self.name = "recall"
-        self.source = f"made of {base.source}"
-        self.sha256 = base.sha256
+        self.name: str = "recall"
+        self.source: str = f"made of {base.source}"
+        self.sha256: str = base.sha256
         self._base = base
 
     def chunks(self, model: Model, n_ctx: int, n: int) -> list[Chunk]:

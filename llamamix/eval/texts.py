@@ -69,10 +69,10 @@ class Text:
     """
 
     def __init__(self, name: str, source: str, text: str) -> None:
-        self.name = name
-        self.source = source
+        self.name: str = name
+        self.source: str = source
         self.text = text
-        self.sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        self.sha256: str = hashlib.sha256(text.encode("utf-8")).hexdigest()
 
     def chunks(self, model: Model, n_ctx: int, n: int) -> list[Chunk]:
         tokens = np.array(model.tokenize(self.text), np.int32)

@@ -112,7 +112,8 @@ def log_events(cache: MixedKVCache, on: bool) -> None:
 
 
 def make_cache(hot: int, cold: int, group: int, n_pad: int, n_seq_max: int = 1, **options: Any) -> MixedKVCache:
-    shape = {"n_layer": N_LAYER, "n_head_kv": N_HEAD_KV, "head_size_k": HEAD, "sink": 0, "cold": "q4_0", "mean": False}
+    shape: dict[str, Any] = {"n_layer": N_LAYER, "n_head_kv": N_HEAD_KV, "head_size_k": HEAD}
+    shape |= {"sink": 0, "cold": "q4_0", "mean": False}
     return MixedKVCache(hot=hot, cold_size=cold, group=group, n_pad=n_pad, n_seq_max=n_seq_max, **(shape | options))
 
 

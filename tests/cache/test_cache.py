@@ -39,7 +39,7 @@ def make() -> Iterator[Callable[..., MixedKVCache]]:
     caches = []
 
     def make(**options: object) -> MixedKVCache:
-        caches.append(MixedKVCache(**({"hot": 8, "cold_size": 16, "sink": 0, "n_seq_max": 3} | SHAPE | options)))
+        caches.append(MixedKVCache(**({"hot": 8, "cold": "q4_0", "cold_size": 16, "sink": 0, "n_seq_max": 3} | SHAPE | options)))
         return caches[-1]
 
     yield make
@@ -145,7 +145,7 @@ def test_models_without_such_a_cache_are_refused(
         ({"type_v": "f64"}, "type_v must be one of f32, f16"),
         ({"type_k": 1}, "type_k must be one of f32, f16"),
         ({"hots": 8}, "hots is not an option"),
-        ({"params": KVMixedParams()}, "params and hot, cold_size, sink can not be given together"),
+        ({"params": KVMixedParams()}, "params and hot, cold, cold_size, sink can not be given together"),
     ],
 )
 def test_what_can_not_be_made_is_refused(make: Callable[..., MixedKVCache], options: dict, named: str) -> None:

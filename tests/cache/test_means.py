@@ -29,7 +29,7 @@ def make() -> Iterator[Make]:
 
     def make(**options: Any) -> MixedKVCache:
         shape = {"n_layer": N_LAYER, "n_head_kv": N_HEAD, "head_size_k": HEAD, "n_seq_max": 3, "type_k": "f32"}
-        options = {"hot": 64, "cold_size": 3 * PAGE, "sink": 0, "group": 16, "threshold": 1.0} | shape | options
+        options = {"hot": 64, "cold": "q4_0", "cold_size": 3 * PAGE, "sink": 0, "group": 16, "threshold": 1.0} | shape | options
         caches.append(MixedKVCache(**options))
         return caches[-1]
 

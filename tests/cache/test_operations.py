@@ -481,9 +481,9 @@ def test_memory_is_counted(
         counted = raw.memory_breakdown(ctx)
     if counted is None:
         pytest.skip("no way to read a std::map here")
-    size = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q4_0": 18 / 32}
+    size = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q4_0": 18 / 32, "iq4_nl": 18 / 32}
     n_hot, n_cold = stats.hot_size, stats.cold_size
-    cold_types = (kv_mixed.cold_k or kv_mixed.cold, kv_mixed.cold_v or kv_mixed.cold)
+    cold_types = (kv_mixed.type_cold_k, kv_mixed.type_cold_v)
     # two layers with two heads of 64
     expected = 2 * 128 * sum(n_hot * size[h] + n_cold * size[c] for h, c in zip(types, cold_types, strict=True))
     if kv_mixed.has_means:

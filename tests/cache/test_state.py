@@ -143,7 +143,7 @@ def make() -> Iterator[Callable[..., MixedKVCache]]:
     caches = []
 
     def make(**options: object) -> MixedKVCache:
-        caches.append(MixedKVCache(**({"hot": 8, "cold_size": 16, "sink": 1, "n_seq_max": N_SEQ} | SHAPE | options)))
+        caches.append(MixedKVCache(**({"hot": 8, "cold": "q4_0", "cold_size": 16, "sink": 1, "n_seq_max": N_SEQ} | SHAPE | options)))
         return caches[-1]
 
     yield make
@@ -725,7 +725,7 @@ def test_a_context_that_fits_in_hot(unified: bool, make_context: Callable[..., C
     small = make_context(n_ctx=512 if unified else 1024, **params)
     stats = small.stats
     assert stats.cold_size == stats.bytes_cold == 0
-    assert (stats.type_cold_k, stats.type_cold_v) == ("q4_0", "q4_0")
+    assert (stats.type_cold_k, stats.type_cold_v) == ("iq4_nl", "iq4_nl")
     assert stats.bytes_total == stats.bytes_plain
     cache = MixedKVCache.from_context(small)
     assert (cache.cold.size, cache.cold.used, cache.cold.cells()) == (0, 0, [])

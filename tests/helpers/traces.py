@@ -31,4 +31,4 @@ def migrations(events: list[Event]) -> list[Event]:
 
 def cache_of(n_seq_max: int = 1, **options: Any) -> MixedKVCache:
     shape = {"n_layer": N_LAYER, "n_head_kv": N_HEAD_KV, "head_size_k": HEAD_SIZE, "n_seq_max": n_seq_max}
-    return MixedKVCache(**shape, **{"hot": 8, "cold_size": 8, "group": 2, "sink": 0} | options)
+    return MixedKVCache(**shape, **{"hot": 8, "cold": "q4_0", "cold_size": 8, "group": 2, "sink": 0} | options)

@@ -19,7 +19,7 @@ from helpers.tiny_model import write_tiny_model
 import llamamix
 from llamamix import Context, ContextError, KVMixedParams, Model, ParamsError
 
-TYPES = "f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1"
+TYPES = "auto, f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1"
 
 GOOD: dict[str, dict[str, Any]] = {
     "1": {},

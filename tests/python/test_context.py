@@ -1007,8 +1007,8 @@ def test_mixed_is_the_default(tiny_model: Model) -> None:
     with Context(tiny_model, n_threads=1) as context:
         assert context.n_ctx == 4096
         params, stats = context.kv_mixed, context.stats
-    assert params.spec() == KVMixedParams(cold_size=4096 - 512).spec()
-    assert (stats.hot_size, stats.cold_size, stats.type_hot_k, stats.type_cold_v) == (512, 3584, "f16", "q4_0")
+    assert params.spec() == KVMixedParams(cold="iq4_nl", cold_size=4096 - 512).spec()
+    assert (stats.hot_size, stats.cold_size, stats.type_hot_k, stats.type_cold_v) == (512, 3584, "f16", "iq4_nl")
 
 
 @pytest.mark.parametrize("kv_mixed", [False, "off"])

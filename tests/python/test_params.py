@@ -57,23 +57,23 @@ def test_formats_are_the_types_that_a_cache_can_have() -> None:
 def test_kv_mixed_defaults_are_the_librarys() -> None:
     c_params = ffi.new("struct llama_kv_mixed_params *", lib.llama_kv_mixed_default_params())
     assert KVMixedParams.from_c(c_params) == KVMixedParams()
-    expected = KVMixedParams(hot=512, cold="q4_0", group=128, threshold=0.8, sink=4, cold_size=0, attn="auto")
+    expected = KVMixedParams(hot=512, cold="auto", group=128, threshold=0.8, sink=4, cold_size=0, attn="auto")
     assert KVMixedParams() == expected
 
 
 def test_kv_mixed_spec_is_the_documented_text() -> None:
-    assert KVMixedParams().spec() == "hot=512,cold=q4_0,group=128,threshold=0.8,sink=4"
+    assert KVMixedParams().spec() == "hot=512,cold=auto,group=128,threshold=0.8,sink=4"
     params = KVMixedParams(hot=64, cold_k="q8_0", group=16, threshold=0.5, sink=0, cold_size=100)
-    assert params.spec() == "hot=64,cold_k=q8_0,cold_v=q4_0,group=16,threshold=0.5,sink=0,cold_size=100"
-    assert KVMixedParams(attn="fused").spec() == "hot=512,cold=q4_0,group=128,threshold=0.8,sink=4,attn=fused"
+    assert params.spec() == "hot=64,cold_k=q8_0,cold_v=auto,group=16,threshold=0.5,sink=0,cold_size=100"
+    assert KVMixedParams(attn="fused").spec() == "hot=512,cold=auto,group=128,threshold=0.8,sink=4,attn=fused"
 
 
 @given(
     st.builds(
         KVMixedParams,
         hot=st.integers(100, 999_999_999),
-        cold=st.sampled_from(list(FORMATS)),
-        cold_k=st.none() | st.sampled_from(list(FORMATS)),
+        cold=st.sampled_from(["auto", *FORMATS]),
+        cold_k=st.none() | st.sampled_from(["auto", *FORMATS]),
         cold_v=st.none() | st.sampled_from(list(FORMATS)),
         group=st.integers(1, 999_999_999),
         threshold=st.floats(1e-6, 1.0),
@@ -304,7 +304,7 @@ def test_structs_are_read_as_far_as_they_go(tiny_model: Model) -> None:
     params.struct_size = ffi.offsetof("struct llama_kv_mixed_params", "threshold")
     short = make(size_shape, params)
     assert (short.hot, short.group, short.sink) == (64, 8, 1)
-    assert (short.threshold, short.type_cold_k, short.attn) == (KVMixedParams().threshold, "q4_0", "auto")
+    assert (short.threshold, short.type_cold_k, short.attn) == (KVMixedParams().threshold, "iq4_nl", "auto")
     model = tiny_model.handle().pointer
     cparams = lib.llama_context_default_params()
     cparams.n_ctx = 256
