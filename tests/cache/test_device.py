@@ -222,6 +222,22 @@ def test_a_cold_type_that_is_not_expanded_there(cold: tuple[str, str], attn: str
         make(kv_mixed=KVMixedParams(hot=48, cold_k=cold_k, cold_v=cold_v, attn=attn))
 
 
+@pytest.mark.parametrize("refused", [[], ["CPY iq4_nl f32"], ["SET_ROWS f32 iq4_nl"]], ids=["", "CPY", "SET_ROWS"])
+def test_the_default_is_what_the_device_has(refused: list[str], device: Device, make: Make) -> None:
+    device.refuse(*refused)
+    for params, expected in (
+        (KVMixedParams(hot=48), ("auto", "auto")),
+        (KVMixedParams(hot=48, cold_k="q8_0"), ("q8_0", "auto")),
+        ("quality,hot=48", ("q5_0", "auto")),
+    ):
+        context = make(kv_mixed=params)
+        wanted = tuple(("q4_0" if refused else "iq4_nl") if t == "auto" else t for t in expected)
+        assert (context.stats.type_cold_k, context.stats.type_cold_v) == wanted
+        assert (context.kv_mixed.type_cold_k, context.kv_mixed.type_cold_v) == wanted
+        decode(context)
+        assert_moved(context)
+
+
 @pytest.mark.parametrize(
     ("refused", "cold", "possible"),
     [
