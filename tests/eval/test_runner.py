@@ -210,13 +210,13 @@ def test_lookups(tiny_model: Model, kept: dict) -> None:
 
 
 def test_one_pass_gives_what_two_give(tiny_model: Model, kept: dict) -> None:
-    """Both legs begin with the same batches where the prompt of the second ends with one: 448 is no multiple of 128."""
+    """Both legs begin with the same batches, all of the second's prompt, a part of it, or none."""
     made = some_cases("q4_0")
-    for plan, n_passes in ((PLAN, 2), (replace(PLAN, n_batch=64), 1)):
+    for n_batch, n_common in ((64, 448), (128, 384), (448, 448), (449, 0), (512, 0)):
+        plan = replace(PLAN, n_batch=n_batch)
         kept.clear()
         _, steps = evaluate(tiny_model, plan, made)
-        n_all = {1: N_CTX + 63, 2: 2 * N_CTX - 1}[n_passes]
-        assert steps.n_expected == steps.n_done == 4 * n_all
+        assert steps.n_expected == steps.n_done == 4 * (2 * N_CTX - 1 - n_common)
         shared = {key: Scores.join(parts) for key, parts in kept.items()}
         kept.clear()
         for leg in ("prompt", "decode"):
@@ -305,7 +305,7 @@ def test_nothing_is_computed_twice(tiny_model: Model, tmp_path: Path, contexts: 
     # one more cache: with it the reference, and nothing else
     more, steps = evaluate(tiny_model, made=some_cases("q8_0", "q4_0"), store=store)
     assert contexts == ["f16", "q4_0"]
-    assert steps.n_expected == steps.n_done == 2 * (2 * N_CTX - 1)
+    assert steps.n_expected == steps.n_done == 2 * (2 * N_CTX - 1 - 384)
     assert [row for row in more if row.cache != "q4_0"] == first
     # the same cache by another name
     contexts.clear()
@@ -366,7 +366,7 @@ def test_what_is_damaged_is_computed_again(tiny_model: Model, tmp_path: Path, co
     contexts.clear()
     again, steps = evaluate(tiny_model, store=store)
     assert again == first and set(contexts) == {"f16", "f16 again", "q8_0", f"mixed {MIXED}"}
-    assert steps.n_done == 4 * (2 * N_CTX - 1)
+    assert steps.n_done == 4 * (2 * N_CTX - 1 - 384)
     assert sorted(tmp_path.rglob("*.npz")) == files
 
 
@@ -449,6 +449,16 @@ def test_an_interrupt_keeps_what_there_is(
     again, steps = evaluate(tiny_model, plan, store=store)
     assert again == whole
     assert steps.n_done == 4 * (N_CTX + 63)  # the second chunk
+
+    # in a decode leg, the prompts of the chunk are kept
+    store = Store(tmp_path / "another")
+    _Interrupt(monkeypatch, 4 * (8 + 20) + 1)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny_model, plan, store=store)
+    assert len(list((tmp_path / "another").rglob("*.npz"))) == 4
+    again, steps = evaluate(tiny_model, plan, store=store)
+    assert again == whole
+    assert steps.n_done == 4 * (N_CTX - 1 + N_CTX + 63)
 
 
 def test_short_of_memory(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
