@@ -312,7 +312,7 @@ def test_nothing_is_computed_twice(tiny_model: Model, tmp_path: Path, contexts: 
     assert [row for row in more if row.cache != "q4_0"] == first
     # the same cache by another name
     contexts.clear()
-    renamed, _ = evaluate(tiny_model, made=some_cases(kv_mixed="group=16,hot=64"), store=store)
+    renamed, _ = evaluate(tiny_model, made=some_cases(kv_mixed="group=16,cold=q4_0,hot=64"), store=store)
     assert contexts == [] and renamed[3].kld_mean == first[3].kld_mean
 
     # what could give something else is computed
