@@ -143,10 +143,11 @@ def _ablations(configuration: Configuration, note: Callable[[str], None]) -> lis
     add("no sinks", sink="0")
     for format in ("q8_0", "q4_0"):
         add(f"cold={format}", cold=format)
-    try:
-        add("no page means", mean="off")
-    except ParamsError:
-        note("This build of the library has no page means to leave out.")
+    if getattr(params, "has_means", True):
+        try:
+            add("no page means", mean="off")
+        except ParamsError:
+            note("This build of the library has no page means to leave out.")
     if any(not FORMATS[cold].hot for cold in (params.type_cold_k, params.type_cold_v)):
         unrotated = replace(configuration, name=f"{configuration.name}, no rotation")
         found.append(Case(unrotated, ABLATION, rotation=False))

@@ -60,25 +60,29 @@ def passes(
 ) -> list[tuple[tuple[str, ...], list[Case]]]:
     """What is to be computed for scores that are missing: legs, and the caches of these, the reference first.
 
-    Both legs are one pass where the same caches miss them and the prompt of the second ends with a batch of the first:
-    what follows that batch is computed once as a batch, and once more token by token.
+    Both legs are one pass where the same caches miss them and they begin with the same batches.
     """
     found: list[tuple[tuple[str, ...], list[Case]]] = []
     for leg in plan.legs:
         others = [case for leg_of, case in missing if leg_of == leg and case != reference]
         if others or (leg, reference) in missing:
             found.append(((leg,), [reference, *others]))
-    if len(found) == 2 and found[0][1] == found[1][1] and (n_ctx - plan.n_decode) % plan.n_batch == 0:
+    if len(found) == 2 and found[0][1] == found[1][1] and n_common(plan, n_ctx) > 0:
         return [((PROMPT, DECODE), found[0][1])]
     return found
+
+
+def n_common(plan: Plan, n_ctx: int) -> int:
+    """How many tokens are in the batches that both legs begin with."""
+    return (n_ctx - plan.n_decode) // plan.n_batch * plan.n_batch
 
 
 def n_tokens(plan: Plan, reference: Case, n_ctx: int, missing: Collection[Key]) -> int:
     """How many tokens that takes, of all caches together."""
     n = 0
     for legs, cases in passes(plan, reference, n_ctx, missing):
-        n_all = {(PROMPT,): n_ctx, (DECODE,): n_ctx - 1, (PROMPT, DECODE): n_ctx + plan.n_decode - 1}[legs]
-        n += n_all * len(cases)
+        n_all = sum(n_ctx if leg == PROMPT else n_ctx - 1 for leg in legs)
+        n += len(cases) * (n_all - (n_common(plan, n_ctx) if len(legs) > 1 else 0))
     return n
 
 
@@ -95,27 +99,33 @@ class Lockstep:
         self._positions = {leg: plan.positions(chunk, leg) for leg in plan.legs}
         self._advance = advance
         self._scores: dict[Key, list[Scores]] = {}
+        #: legs that are over
+        self.complete: set[str] = set()
 
     def run(self, missing: Collection[Key]) -> None:
         """Compute what is missing; the reference goes along. Raises ContextError."""
-        first_decoded = len(self._tokens) - self._plan.n_decode
-        for legs, cases in passes(self._plan, self._reference, len(self._tokens), missing):
+        n_ctx = len(self._tokens)
+        for legs, cases in passes(self._plan, self._reference, n_ctx, missing):
             for case in cases:
                 self._contexts[case].memory.clear()
-            if legs == (DECODE,):
-                self._batches(cases, None, 0, first_decoded)
-                self._one_by_one(cases, first_decoded)
-                continue
-            if legs == (PROMPT,):
-                self._batches(cases, PROMPT, 0, len(self._tokens))
-                continue
-            self._batches(cases, PROMPT, 0, first_decoded)
-            states = {case: self._contexts[case].state_save(0) for case in cases}
-            self._batches(cases, PROMPT, first_decoded, len(self._tokens))
-            for case in cases:
-                self._contexts[case].memory.clear()
-                self._contexts[case].state_load(states.pop(case), 0)
-            self._one_by_one(cases, first_decoded)
+            n_done = 0
+            if PROMPT in legs:
+                states: dict[Case, bytes] = {}
+                if DECODE in legs:
+                    n_done = n_common(self._plan, n_ctx)
+                    self._batches(cases, PROMPT, 0, n_done)
+                    states = {case: self._contexts[case].state_save(0) for case in cases}
+                self._batches(cases, PROMPT, n_done, n_ctx)
+                self.complete.add(PROMPT)
+                for case in list(states):
+                    self._contexts[case].memory.clear()
+                    self._contexts[case].state_load(states.pop(case), 0)
+            if DECODE in legs:
+                first = n_ctx - self._plan.n_decode
+                self._batches(cases, None, n_done, first)
+                for i in range(first, n_ctx - 1):  # nothing comes after the last
+                    self._feed(cases, DECODE, i, i + 1)
+                self.complete.add(DECODE)
 
     def measured(self, shape: ModelShape) -> dict[Key, Measured]:
         """What there is so far, all of it when run() has come to its end."""
@@ -133,10 +143,6 @@ class Lockstep:
     def _batches(self, cases: Sequence[Case], leg: str | None, start: int, end: int) -> None:
         for first in range(start, end, self._plan.n_batch):
             self._feed(cases, leg, first, min(first + self._plan.n_batch, end))
-
-    def _one_by_one(self, cases: Sequence[Case], start: int) -> None:
-        for i in range(start, len(self._tokens) - 1):  # nothing comes after the last
-            self._feed(cases, DECODE, i, i + 1)
 
     def _feed(self, cases: Sequence[Case], leg: str | None, start: int, end: int) -> None:
         tokens = self._tokens[start:end]

@@ -152,16 +152,14 @@ class Runner:
     def _measure(self, contexts: Contexts, chunk: Chunk, missing: Sequence[Key], found: dict[Key, _Found]) -> None:
         self._check_memory(contexts, chunk, missing)
         lockstep = Lockstep(self._plan, contexts, self._reference, chunk, self._progress.advance)
-        complete = False
         try:
             lockstep.run(missing)
-            complete = True
         finally:
-            for key, measured in lockstep.measured(self._shape).items():
-                if key in missing:
-                    found.setdefault(key, []).append((chunk, measured))
-                    if complete:
-                        self._store.save(self._key(chunk, *key), measured)
+            for (leg, case), measured in lockstep.measured(self._shape).items():
+                if (leg, case) in missing:
+                    found.setdefault((leg, case), []).append((chunk, measured))
+                    if leg in lockstep.complete:
+                        self._store.save(self._key(chunk, leg, case), measured)
 
     def _kept(self, chunk: Chunk) -> tuple[dict[Key, Measured], list[Key]]:
         """What was measured before, and what is missing. The reference is computed beside whatever is."""
