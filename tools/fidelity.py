@@ -54,8 +54,8 @@ _MIXED = "default;quality;memory;cold=q4_0,mean=off"
 # Plain caches of 4 and 5 bits take ten minutes each at 8192 tokens.
 _SETTING = "--f32 --reference f32 -b 256 -ub 128"
 RUNS = {
-    "smollm2-2k": f"-m smollm2 {_SETTING} -c 2048 -ctk f16,q8_0,q5_0,q4_0 --kv-mixed '{_MIXED}'",
-    "smollm2-8k": f"-m smollm2 {_SETTING} -c 8192 -ctk f16,q8_0 --kv-mixed '{_MIXED}'",
+    "smollm2-2k": f"-m smollm2 {_SETTING} -c 2048 -ctk f16,q8_0,q4_0 --kv-mixed '{_MIXED}'",
+    "smollm2-8k": f"-m smollm2 --f32 -b 256 -ub 128 -c 8192 --leg prompt --text prose --stride 2 -ctk q8_0 --kv-mixed '{_MIXED}'",
     "smollm2-ablation": f"-m smollm2 {_SETTING} -c 2048 --kv-mixed default --ablate",
     "gemma3-2k": f"-m gemma3 {_SETTING} -c 2048 --stride 4 -ctk f16,q8_0,q4_0 --kv-mixed '{_MIXED}'",
     "gemma3-8k": f"-m gemma3 {_SETTING} -c 8192 --stride 8 -ctk f16,q8_0 --kv-mixed '{_MIXED}'",

@@ -42,6 +42,7 @@ MIXED = "hot=32,group=8,sink=2"
 
 # 2 layers, 2 K/V heads of 64: bytes of K and V of one token
 BYTES = {"f16": 2 * 2 * 128 * 2, "q8_0": 2 * 2 * 128 // 32 * 34, "q4_0": 2 * 2 * 128 // 32 * 18}
+BYTES["iq4_nl"] = BYTES["q4_0"]
 
 
 def run(capsys: pytest.CaptureFixture, *args: object) -> tuple[int, str, str]:
@@ -416,7 +417,8 @@ def test_rows_say_what_was_run(tiny_model: Model) -> None:
     with Context(tiny_model, n_ctx=48, n_threads=1, kv_mixed=MIXED) as context:
         total, plain = context.stats.bytes_total, context.stats.bytes_plain
     assert plain == 256 * BYTES["f16"]
-    assert total == 32 * BYTES["f16"] + (256 - 32) * BYTES["q4_0"]
+    means = 2 * 2 * 64 * 2 * 2  # of K, in two pages of 128 cells
+    assert total == 32 * BYTES["f16"] + (256 - 32) * BYTES["iq4_nl"] + means
     for row in rows:
         assert (row.model_filename, row.model_type) == (str(tiny_model.path), tiny_model.desc)
         assert (row.model_size, row.model_n_params) == (tiny_model.size, tiny_model.n_params)

@@ -17,7 +17,7 @@ import pytest
 from helpers.tiny_model import write_tiny_model
 
 import llamamix.pull
-from llamamix import Context, Model, SamplingParams
+from llamamix import PRESETS, Context, Model, SamplingParams
 from llamamix.cli import main
 
 GREEDY = SamplingParams(temperature=0)
@@ -218,7 +218,7 @@ def test_stats_go_to_stderr(
     n_prompt = len(tiny_model.tokenize("in the"))
     assert (rows["tokens in"], rows["tokens out"]) == (str(n_prompt), "20")
     hot, cold = (
-        int(rows[f"{name} cells ({kv_type})"].split()[0]) for name, kv_type in (("hot", "f16"), ("cold", "q4_0"))
+        int(rows[f"{name} cells ({kv_type})"].split()[0]) for name, kv_type in (("hot", "f16"), ("cold", "iq4_nl"))
     )
     assert hot + cold == n_prompt + 20
     assert rows["tokens moved"] == str(cold)
@@ -263,7 +263,8 @@ def test_info_by_hand(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
         name: (n, n * 1024) for name, n in per_token.items()
     }
     cold = 3 * 2 * (64 // 32 * 34 + 64 // 32 * 18)
-    total = 200 * per_token["f16"] + 824 * cold
+    means = 3 * 2 * 64 * 2 * 7  # of K, in as many pages of 128 cells
+    total = 200 * per_token["f16"] + 824 * cold + means
     assert records[3]["kv_cache"] == "mixed hot=200,cold_k=q8_0,cold_v=q4_0,group=128,threshold=0.8,sink=4"
     assert (records[3]["bytes_per_token"], records[3]["bytes"]) == (cold, total)
     assert records[3]["ratio"] == total / (per_token["f16"] * 1024)
@@ -279,13 +280,13 @@ def test_info_by_hand(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
 def test_info_forms(capsys: pytest.CaptureFixture, tiny_model_path: Path) -> None:
     forms = {form: run(capsys, "info", tiny_model_path, "-o", form)[1] for form in ("md", "json", "jsonl", "csv")}
     records = json.loads(forms["json"])
-    assert records[0]["n_ctx"] == 8192 and len(records) == 4
+    assert records[0]["n_ctx"] == 8192 and len(records) == 3 + len(PRESETS)
     assert [json.loads(line) for line in forms["jsonl"].splitlines()] == records
     assert "\r" not in forms["csv"]
     rows = list(csv.DictReader(io.StringIO(forms["csv"])))
     assert rows == [{key: str(value) for key, value in record.items()} for record in records]
     lines = forms["md"].splitlines()
-    assert len(lines) == 2 + 4 and len({len(line) for line in lines}) == 1
+    assert len(lines) == 2 + 3 + len(PRESETS) and len({len(line) for line in lines}) == 1
     assert [cell.strip() for cell in lines[0].strip("|").split("|")] == list(records[0])
 
     assert len(json.loads(run(capsys, "info", tiny_model_path, "-o", "json", "--kv-mixed", "off")[1])) == 3
@@ -321,7 +322,7 @@ def test_info_of_other_shapes(capsys: pytest.CaptureFixture, tmp_path: Path) -> 
     mla = info("mla", **{"block_count": 2, "attention.head_count": 8, "attention.head_count_kv": 1} | mla)
     assert mla[0]["bytes_per_token"] == 2 * 576 * 2
     recurrent = info("recurrent", **{"block_count": 2, "attention.head_count": 0})
-    assert [r["bytes"] for r in recurrent] == [0] * 4
+    assert [r["bytes"] for r in recurrent] == [0] * (3 + len(PRESETS))
 
 
 def test_info_of_heads_that_blocks_do_not_divide(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -364,14 +365,15 @@ def test_demo(capsys: pytest.CaptureFixture, smollm2_path: Path, botchan_path: P
     n_out = int(rows["tokens out"])
     assert rows["tokens in"] == "300" and 1 <= n_out <= 8
     hot, hot_size = map(int, rows["hot cells (f16)"].split(" of "))
-    cold, cold_size = map(int, rows["cold cells (q4_0)"].split(" of "))
+    cold, cold_size = map(int, rows["cold cells (iq4_nl)"].split(" of "))
     assert (hot_size, cold_size) == (128, 512 - 128) and hot + cold == 300 + n_out
     assert rows["tokens moved"] == str(cold) and int(rows["migrations"]) >= cold / 32
     mixed, plain = (float(rows[name].split()[0]) for name in ("KV cache", "all of it in f16"))
-    # 30 layers, 3 heads of 64: 23040 bytes a token in F16, 6480 in Q4_0
+    # 30 layers, 3 heads of 64: 23040 bytes a token in F16, 6480 in IQ4_NL, 11520 of means for each page of 128 cells
+    expected = 128 * 23040 + 384 * 6480 + 3 * 11520
     assert plain == round(512 * 23040 / 2**20, 1)
-    assert mixed == round((128 * 23040 + 384 * 6480) / 2**20, 1)
-    assert float(rows["ratio"]) == pytest.approx((128 * 23040 + 384 * 6480) / (512 * 23040), abs=5e-4)
+    assert mixed == round(expected / 2**20, 1)
+    assert float(rows["ratio"]) == pytest.approx(expected / (512 * 23040), abs=5e-4)
 
 
 #
