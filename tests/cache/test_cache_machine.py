@@ -137,6 +137,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = config.cache()
         self.ref = config.reference()
         self.n_tokens = 0
+        self.known: dict[tuple, bytes] = {}
         self.n_migrations = 0  # of caches before this one
         self.ordered = set(range(N_SEQ))
         event(f"unified={config.unified}")
@@ -340,6 +341,12 @@ class CacheMachine(RuleBasedStateMachine):
 
     def rows_of(self, t: Token, cold: bool) -> bytes:
         """The bytes of a token's rows in a tier."""
+        key = t.id, cold, tuple(other.id for other in t.opened)
+        if key not in self.known:
+            self.known[key] = self.compute_rows(t, cold)
+        return self.known[key]
+
+    def compute_rows(self, t: Token, cold: bool) -> bytes:
         k, v = t.rows
         if not cold:
             return row_bytes(list(k), list(v))

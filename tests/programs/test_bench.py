@@ -432,7 +432,7 @@ def test_rows_say_what_was_run(tiny_model: Model) -> None:
         if row.kv_mixed is None:
             assert (row.type_k, row.kv_bytes) == (row.cache, 256 * BYTES[row.cache])
         else:
-            assert row.kv_mixed == "hot=32,cold=q4_0,group=8,threshold=0.8,sink=2,cold_size=224"
+            assert row.kv_mixed == "hot=32,cold=iq4_nl,group=8,threshold=0.8,sink=2,cold_size=224"
             assert (row.type_k, row.kv_bytes, len(row.samples_migrate_us)) == ("f16", total, 3)
 
 
