@@ -35,15 +35,16 @@ def flips(kv_type: str) -> float:
     return 4 * np.sqrt(12 * 2 * F32_ERROR / STEP[kv_type])
 
 
-# Q4_0 stores a value of K as one of 8 steps to the largest of its block; the fused kernel rounds one of the query to
-# one of 127. Relative to the size of the values, the largest are alike: the query's rounding changes scores by 8 / 127 of
-# what K's does. Twice that is for single tokens that see more cold rows than the average, and for later layers.
-QUERY = 2 * 8 / 127
+# The fused kernel rounds a value of the query to one of 127 steps to the largest of its block, where K has values of 4 or 5
+# bits. Relative to the size of the values, the largest are alike: the query's rounding changes scores by the ratio of the
+# steps times what K's does. Twice that is for single tokens that see more cold rows than the average, and for later layers.
+QUERY = 2.5 / 127
 
 
 def allowance(attn: str, cold_k: str = "q4_0", head_size: int = 64) -> float:
     """How much of the effect of storing K in a type the rounding of queries may add."""
-    return QUERY if attn == "fused" and cold_k == "q4_0" and head_size % 64 == 0 else 0.0
+    rounded = attn == "fused" and cold_k in ("q4_0", "q4_1", "q5_0", "q5_1") and head_size % 64 == 0
+    return 2 * QUERY / STEP[cold_k] if rounded else 0.0
 
 
 def rms(x: np.ndarray) -> float:

@@ -30,15 +30,28 @@ def fwht(x: np.ndarray, n: int) -> np.ndarray:
     return res.reshape(x.shape)
 
 
-def q4_0(x: np.ndarray) -> np.ndarray:
-    """ggml's quantize_row_q4_0_ref(), in float32."""
+def steps(kv_type: str, x: np.ndarray) -> np.ndarray:
+    """ggml's quantize_row_q4_0_ref() and those of Q4_1, Q5_0 and Q5_1, in float32."""
     x = x.reshape(-1, 32)
-    most = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)  # the first of several
-    d = np.where(most == 0, np.float32(0), most) / np.float32(-8)
+    n_bits, above = int(kv_type[1]), kv_type[3] == "1"
+    n = 2**n_bits
+    if above:  # a number of steps from the smallest value to the largest one
+        low = np.take_along_axis(x, x.argmin(axis=1)[:, None], axis=1)  # the first of several, as zeros have signs
+        d = (x.max(axis=1, keepdims=True) - low) / np.float32(n - 1)
+        d = np.where(d == 0, np.float32(0), d)
+        x, middle = x - low, 0
+    else:
+        most = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
+        d, middle = np.where(most == 0, np.float32(0), most) / np.float32(-n // 2), n // 2
     with np.errstate(divide="ignore"):
         factor = np.where(d == 0, np.float32(0), np.float32(1) / d)
-    q = np.minimum(np.trunc(x * factor + np.float32(8.5)), 15).astype(np.uint8)
-    return np.hstack([d.astype(np.float16).view(np.uint8), q[:, :16] | q[:, 16:] << 4])
+    q = np.minimum(np.trunc(x * factor + np.float32(middle + 0.5)), n - 1).astype(np.uint8)
+    parts = [d.astype(np.float16).view(np.uint8)]
+    if above:
+        parts.append(low.astype(np.float16).view(np.uint8))
+    if n_bits == 5:
+        parts.append(np.packbits(q >> 4, axis=1, bitorder="little"))
+    return np.hstack([*parts, q[:, :16] & 15 | q[:, 16:] << 4])
 
 
 def q8_0(x: np.ndarray) -> np.ndarray:
@@ -89,7 +102,13 @@ def migrated(rows: np.ndarray, kv_type: str, n_rot: int) -> np.ndarray:
     """The bytes that a migration on the CPU makes of hot rows, every bit of them; n_rot 0: they are not rotated."""
     x = np.asarray(rows, np.float32)
     x = fwht(x, n_rot) if n_rot else x
-    return {"q4_0": q4_0, "q8_0": q8_0, "iq4_nl": iq4_nl}[kv_type](x).reshape(*rows.shape[:-1], -1)
+    if kv_type in ("f32", "f16"):
+        return x.astype({"f32": np.float32, "f16": np.float16}[kv_type]).view(np.uint8)
+    if kv_type == "bf16":  # of numbers, no NaN
+        bits = x.view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.uint8)
+    other = {"q8_0": q8_0, "iq4_nl": iq4_nl}.get(kv_type)
+    return (other(x) if other else steps(kv_type, x)).reshape(*rows.shape[:-1], -1)
 
 
 def quantise(rows: np.ndarray, kv_type: str) -> np.ndarray:

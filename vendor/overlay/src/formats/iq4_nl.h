@@ -9,7 +9,7 @@ namespace {
 
 constexpr table16 values_iq4_nl = {{ -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 }};
 
-struct row_iq4_nl : row_nibbles<18, 2> {
+struct row_iq4_nl : row_nibbles<4, false> {
     static constexpr int bias     = V_DOT8_BIAS;
     static constexpr int bias_acc = 0;
 
