@@ -185,8 +185,8 @@ def bounds(data: Data, expected: Expected) -> tuple[np.ndarray, float]:
         square += np.square(U) * n_sums / 6 * (np.square(o_cold) @ np.square(rot_v))
 
     if c.direct and c.cold_k in WHOLE_NUMBERS and n % (2 * BLOCK) == 0:
-        # The query is rounded to whole steps of 1/127 (for Q8_0 1/32512) of a block's largest value. What random roundings
-        # of that kind do on the average is taken from the reference.
+        # The query is rounded to whole steps of 1/127 (for Q8_0 1/32512) of a block's largest value. What random
+        # roundings of that kind do on the average is taken from the reference.
         blocks = q_cold.reshape(*q.shape[:-1], -1, BLOCK)
         n_steps = 127 * 255 + 127 if c.cold_k == "q8_0" else 127
         step = np.repeat(np.abs(blocks).max(axis=-1) / n_steps, BLOCK, axis=-1)
@@ -616,15 +616,15 @@ def test_the_error_is_not_above_ggmls(kv_type: str, n_tokens: int, record_proper
     record_property("ours", float(ours))
     record_property("ggml", float(theirs))
     if kv_type not in ("f16", "q8_0") and n_tokens == 1:
-        # Both round the query to the same 8 bits, so that the errors are nearly the same. ggml rounds its scales and sums
-        # to F16 (2**-12 of scores that are 2 in size) and we the weights (to 2**-15 of the largest): smaller than the
-        # query's error by an order, and of independent signs, they move the whole by less than their square.
+        # Both round the query to the same 8 bits, so that the errors are nearly the same. ggml rounds its scales and
+        # sums to F16 (2**-12 of scores that are 2 in size) and we the weights (to 2**-15 of the largest): smaller than
+        # the query's error by an order, and of independent signs, they move the whole by less than their square.
         assert distance < 0.1 * theirs
         assert ours < theirs * (1 + 0.1**2)
     else:
         # ggml adds up F16 rows in F16 (2**-11 of each partial sum) unless there are many tokens, when it is as exact as
-        # we are, but for the order of the sums; and rounds the query to 8 bits for any number of tokens
-        # (2**-8 of a block's largest value); we round weights of Q8_0 rows to 2**-15 of the largest where tokens are few
+        # we are, but for the order of the sums; and rounds the query to 8 bits for any number of tokens (2**-8 of a
+        # block's largest value); we round weights of Q8_0 rows to 2**-15 of the largest where tokens are few
         share = 1.0 if n_tokens == 64 and kv_type == "f16" else 2**-4 if n_tokens == 1 and kv_type == "q8_0" else 1e-2
         assert ours < share * theirs
 

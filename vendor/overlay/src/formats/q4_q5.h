@@ -4,6 +4,7 @@
 #pragma once
 
 #include "formats/nibbles.h"
+#include "formats/search.h"
 
 namespace {
 
@@ -38,8 +39,21 @@ struct row_steps : row_nibbles<n_bits, has_min> {
 };
 
 //
-// hot rows to these: bit for bit what ggml's quantize_row_*_ref() gives without fused multiplication and addition
+// hot rows to these: Q5_0 with a searched scale, the others bit for bit as ggml's quantize_row_*_ref() gives them without
+// fused multiplication and addition
 //
+
+// see search_scale()
+struct grid_q5_0 {
+    alignas(64) static constexpr float ends[N_SCALES] = {
+        -16, -16.85f, -16.6f, -16.4f, -16.2f, -15.85f, -15.65f, -15.25f, -15, -14.75f, -14.3f, -14.05f, -13.75f, -13.25f, -12.9f, -12.1f,
+    };
+
+    static V_INLINE vf nearest(vf x) {
+        const vf y = v_min(v_max(v_add(x, v_set(16.5f)), v_zero()), v_set(31.0f));
+        return v_sub(v_from_int(v_to_int_trunc(y)), v_set(16.0f));
+    }
+};
 
 // the scale, and the minimum: what all values of a block are above
 struct steps {
@@ -47,10 +61,10 @@ struct steps {
     float min;
 };
 
-// the largest value in size is at the end
+// the largest value in size is at the end, or near it where the scale is searched
 template <int n_bits>
 V_INLINE steps get_steps(const float * x, const block_f32 & b) {
-    return { largest(x, b)/-(1 << (n_bits - 1)), 0.0f };
+    return { n_bits == 5 ? search_scale<grid_q5_0>(x, b) : largest(x, b)/-(1 << (n_bits - 1)), 0.0f };
 }
 
 // from the smallest to the largest one
@@ -87,7 +101,7 @@ void quantize_steps(const float * x, int64_t n, uint8_t * dst) {
 KVM_UNROLL
         for (int j = 0; j < V_BLOCK; ++j) {
             const vf y = v_mul(has_min ? v_sub(b.v[j], v_set(s.min)) : b.v[j], v_set(id));
-            q[j] = v_to_int_trunc(v_min(v_add(y, v_set(row::bias + 0.5f)), v_set((1 << n_bits) - 1)));
+            q[j] = v_to_int_trunc(v_min(v_max(v_add(y, v_set(row::bias + 0.5f)), v_zero()), v_set((1 << n_bits) - 1)));
         }
         n_bits == 5 ? v_store_i5(dst + row::first, q) : v_store_i4(dst + row::first, q);
     }
