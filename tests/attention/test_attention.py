@@ -1,8 +1,9 @@
 """The fused attention kernel against attention in float64 over the same rows.
 
-The kernel computes in F32, with two exceptions where there are at most 16 query rows to a KV head: for K in Q4_0, IQ4_NL or Q8_0
-and heads of whole pairs of blocks the query is rounded to 8 or 16 bits, for V in these the weights are to 16 bits. What
-that may do to an output is derived in bounds() from the data of each case: how much it is at most, and typically.
+The kernel computes in F32, with two exceptions where there are at most 16 query rows to a KV head: for quantised K and
+heads of whole pairs of blocks the query is rounded to 8 bits (for Q8_0 to 16), for quantised V the weights are to 16
+bits. What that may do to an output is derived in bounds() from the data of each case: how much it is at most, and
+typically.
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ from helpers.processes import environment, library_dir
 from llamamix import ParamsError, ggml
 from llamamix._ffi import ffi, lib
 from llamamix.attention import Attention, FlashAttnExt, attention
+from llamamix.formats import FORMATS
 
 U = 2.0**-24  # an F32 operation is off by this share of its result at most
-WHOLE_NUMBERS = ("q4_0", "iq4_nl", "q8_0")  # cold rows of these meet few query rows as they are stored
+# rows of these meet few query rows as they are stored
+WHOLE_NUMBERS = ("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "q8_0")
+MINIMA = {"q4_1": 8, "q5_1": 16}  # values are steps above the smallest one of their block: how many to the middle
 EXP = 4e-7  # so is the kernel's e^x, beside what rounding x does
 
 
@@ -104,6 +108,14 @@ def reference(data: Data, q: np.ndarray | None = None) -> Expected:
 #
 # what the kernel may be off by
 #
+
+
+def scales(rows: np.ndarray, kv_type: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scales of the blocks of rows, without sign, and minima; for every value: [stream, head, 1, cell, value]."""
+    blocks = rows.reshape(*rows.shape[:3], -1, ggml.row_size(kv_type, BLOCK))
+    d, low = (blocks[..., i : i + 2].copy().view(np.float16)[..., 0].astype(np.float64) for i in (0, 2))
+    low = low if kv_type in MINIMA else np.zeros_like(d)
+    return tuple(np.repeat(x.transpose(0, 2, 1, 3), BLOCK, axis=-1)[:, :, None] for x in (np.abs(d), low))
 
 
 def bounds(data: Data, expected: Expected) -> tuple[np.ndarray, float]:
@@ -177,8 +189,8 @@ def bounds(data: Data, expected: Expected) -> tuple[np.ndarray, float]:
         square += np.square(U) * n_sums / 6 * (np.square(o_cold) @ np.square(rot_v))
 
     if c.direct and c.cold_k in WHOLE_NUMBERS and n % (2 * BLOCK) == 0:
-        # The query is rounded to whole steps of 1/127 (for Q8_0 1/32512) of a block's largest value. What random roundings
-        # of that kind do on the average is taken from the reference.
+        # The query is rounded to whole steps of 1/127 (for Q8_0 1/32512) of a block's largest value. What random
+        # roundings of that kind do on the average is taken from the reference.
         blocks = q_cold.reshape(*q.shape[:-1], -1, BLOCK)
         n_steps = 127 * 255 + 127 if c.cold_k == "q8_0" else 127
         step = np.repeat(np.abs(blocks).max(axis=-1) / n_steps, BLOCK, axis=-1)
@@ -186,22 +198,33 @@ def bounds(data: Data, expected: Expected) -> tuple[np.ndarray, float]:
         rng = np.random.default_rng(1)
         samples = [with_cold((step * rng.uniform(-0.5, 0.5, step.shape)) @ stored) for _ in range(16)]
         square += np.mean([np.square(w @ v - w.sum(axis=-1, keepdims=True) * o).mean() for w in samples])
+        if c.cold_k in MINIMA and c.n_cold > 0:
+            # Steps and minima are multiplied apart, and cancel each other in part: for each block a product and two
+            # sums are rounded, and the reference has rounded their sums.
+            _, low = scales(data.cold[0], c.cold_k)
+            low = low.swapaxes(-1, -2)
+            size = np.abs(stored - low) + np.abs(low)
+            worst_out += 2 * sum_abs(with_cold(4 * U * (np.abs(q_cold) @ size)))
+            square += sum_sq(with_cold(U * np.sqrt(np.square(q_cold) @ np.square(size))))
 
     if c.direct and c.cold_v in WHOLE_NUMBERS and c.n_cold > 0:
         # A weight times its block's scale is rounded to a whole number of units. A unit is the 32767th part of the
         # largest possible one, within a factor of 2, of the tile.
-        blocks = data.cold[1].reshape(*data.cold[1].shape[:3], -1, ggml.row_size(c.cold_v, BLOCK))
-        d = np.abs(blocks[..., :2].copy().view(np.float16)[..., 0].astype(np.float64))  # [stream, cell, head, block]
+        d, low = scales(data.cold[1], c.cold_v)
+        low += MINIMA.get(c.cold_v, 0) * d  # whole numbers are those of steps from the middle
         for start in range(0, c.n_cold, TILE):
             tile = slice(start, min(start + TILE, c.n_cold))
             most = p[..., tile].max(axis=-1, keepdims=True)
-            d_tile = d[:, tile].max(axis=1)[:, :, None, None]
-            unit = np.repeat(2 * most * d_tile / 32767, BLOCK, axis=-1)
+            unit = 2 * most * d[..., tile, :].max(axis=-2, keepdims=True) / 32767
             with np.errstate(invalid="ignore", divide="ignore"):
-                d_cells = np.repeat(d[:, tile].transpose(0, 2, 1, 3), BLOCK, axis=-1)[:, :, None]
-                code = np.nan_to_num(v_cold[..., tile, :] / d_cells)
+                code = np.nan_to_num((v_cold - low)[..., tile, :] / d[..., tile, :])
             worst_out += 0.51 * (unit * np.abs(code).sum(axis=-2, keepdims=True)) @ np.abs(rot_v)
             square += (np.square(unit) / 12 * np.square(code).sum(axis=-2, keepdims=True)) @ np.square(rot_v)
+        if c.cold_v in MINIMA:
+            # weighted middles are added up in F32, as in the sums of p v
+            total = p[..., cold] @ np.abs(low)
+            worst_out += 2 * U * (n_kv + 20) * total @ np.abs(rot_v)
+            square += np.square(U) * (n_kv / 12 + 8) * np.square(total) @ np.square(rot_v)
 
     return to_out(c, worst_out), math.sqrt(square.mean())
 
@@ -244,7 +267,7 @@ def test_every_value_is_among_the_cases(axis: str) -> None:
 
 def test_the_instruction_sets_agree() -> None:
     """Better than they need to: where the query is rounded, all round it in the same way."""
-    for cold, n_tokens in itertools.product(("f16", "q8_0", "q4_0", "iq4_nl"), (1, 40)):
+    for cold, n_tokens in itertools.product(FORMATS, (1, 40)):
         data = make_data(Case(cold_k=cold, cold_v="f16", n_tokens=n_tokens))
         exact = make_data(Case(cold_k="f16", cold_v="f16", n_tokens=n_tokens))
         _, typical = bounds(exact, reference(exact))
@@ -277,7 +300,7 @@ def check(data: Data, signs: bool = True) -> None:
 
 
 DIRECT_AND_NOT = [1, 40]
-STORED = ["f16", "q8_0", "q4_0", "iq4_nl", "q5_1"]
+STORED = ["f16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 
 
 @pytest.mark.parametrize("n_tokens", DIRECT_AND_NOT)
@@ -323,7 +346,8 @@ def test_zeros(cold: str, n_tokens: int) -> None:
     ("cold", "byte", "value"),
     [
         ("q4_0", 0x00, -8), ("q4_0", 0xFF, 7), ("iq4_nl", 0x00, -127), ("iq4_nl", 0xFF, 113),
-        ("q8_0", 0x80, -128), ("q8_0", 0x7F, 127),
+        ("q5_0", 0x00, -16), ("q5_0", 0xFF, 15), ("q8_0", 0x80, -128), ("q8_0", 0x7F, 127),
+        ("q4_1", 0x00, 0), ("q4_1", 0xFF, 15), ("q5_1", 0x00, 0), ("q5_1", 0xFF, 31),
     ],
 )  # fmt: skip
 def test_sums_of_the_largest_integers(cold: str, byte: int, value: int, sign: int, n_tokens: int) -> None:
@@ -332,19 +356,21 @@ def test_sums_of_the_largest_integers(cold: str, byte: int, value: int, sign: in
     data.q[:] = np.float32(sign) * np.linspace(0.5, 1.5, data.q.shape[2], dtype=np.float32)[:, None]
     for rows, values in zip(data.cold, (data.k, data.v), strict=True):
         blocks = rows.reshape(1, 500, 2, 8, -1)  # [..., block, bytes]: a view
-        blocks[..., 2:] = byte
-        values[:, :500] = np.repeat(blocks[..., :2].copy().view(np.float16), BLOCK, axis=-1).reshape(1, 500, 2, 256)
-        values[:, :500] *= value
+        blocks[..., 4 if cold in MINIMA else 2 :] = byte
+        numbers = blocks[..., :4].copy().view(np.float16).astype(np.float64)  # a scale, and a minimum where it has one
+        block = value * numbers[..., 0] + (numbers[..., 1] if cold in MINIMA else 0)
+        values[:, :500] = np.repeat(block, BLOCK, axis=-1)
     check(data, signs=False)
 
 
 @pytest.mark.parametrize("n_tokens", DIRECT_AND_NOT)
-def test_scales_of_any_size(n_tokens: int) -> None:
+@pytest.mark.parametrize("cold", ["q4_0", "iq4_nl", "q5_0", "q8_0"])
+def test_scales_of_any_size(cold: str, n_tokens: int) -> None:
     """Blocks of one tile whose scales differ by 2**20, subnormal ones and negative ones."""
-    data = make_data(Case(n_tokens=n_tokens))
+    data = make_data(Case(cold_k=cold, cold_v=cold, n_tokens=n_tokens))
     rng = np.random.default_rng(2)
     for rows, values in zip(data.cold, (data.k, data.v), strict=True):
-        blocks = rows.reshape(1, 500, 2, 2, 18)
+        blocks = rows.reshape(1, 500, 2, 2, -1)
         d = (rng.choice([-1, 1], size=(1, 500, 2, 2, 1)) * 2.0 ** rng.uniform(-23, -2, (1, 500, 2, 2, 1))).astype("f2")
         before = blocks[..., :2].copy().view(np.float16).astype(np.float64)
         blocks[..., :2] = d.view(np.uint8)
@@ -368,7 +394,7 @@ def test_a_sink_that_takes_it_all(n_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("n_tokens", DIRECT_AND_NOT)
-@pytest.mark.parametrize("cold", ["f16", "q4_0", "iq4_nl"])
+@pytest.mark.parametrize("cold", ["f16", "q4_0", "iq4_nl", "q5_1"])
 def test_any_stride(cold: str, n_tokens: int) -> None:
     """Parts of larger arrays, dimensions in any order, odd addresses: the same bits."""
     data = make_data(Case(cold_k=cold, cold_v=cold, n_tokens=n_tokens, n_stream=2, mask="causal", sinks=True))
@@ -416,7 +442,10 @@ def at_the_end(array):
     return res
 
 for kv_type, n_tokens, (n_cold, n_hot), n_embd in itertools.product(
-    ["q4_0", "iq4_nl", "q8_0", "q5_1", "f16", "f32"], [1, 40], [(64, 1), (63, 64), (5, 3), (0, 7)], [64, 96]
+    ["q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1", "q8_0", "f16", "f32"],
+    [1, 40],
+    [(64, 1), (63, 64), (5, 3), (0, 7)],
+    [64, 96],
 ):
     case = Case(
         cold_k=kv_type, cold_v=kv_type, n_embd_k=n_embd, n_embd_v=n_embd, n_cold=n_cold, n_hot=n_hot, n_head_kv=1,
@@ -473,6 +502,14 @@ def halves_swapped(data: Data) -> Data:
     return replace(data, cold=(rows, data.cold[1]))
 
 
+def fifth_bits_swapped(data: Data) -> Data:
+    """Those of the low nibbles for those of the high ones, in four cells."""
+    rows = data.cold[0].copy()
+    blocks = rows[0, 100:104].reshape(4, 2, 2, 22)
+    blocks[..., 2:6] = blocks[..., [4, 5, 2, 3]]
+    return replace(data, cold=(rows, data.cold[1]))
+
+
 def other_values(data: Data) -> Data:
     """The value next to each in the table, in 32 cells."""
     rows = data.cold[0].copy()
@@ -491,6 +528,7 @@ TAMPERS: dict[str, Callable[[Data], Data]] = {
     "no cap": with_case(logit_softcap=0.0),
     "one scale of V": one_scale,
     "halves of K swapped": halves_swapped,
+    "fifth bits of K swapped": fifth_bits_swapped,
     "other values of K": other_values,
     "heads swapped": lambda data: replace(data, hot=(data.hot[0], data.hot[1][:, :, ::-1])),
     "cold for hot": lambda data: replace(data, hot=(data.hot[0], data.hot[1][:, ::-1])),
@@ -506,8 +544,10 @@ TAMPERS: dict[str, Callable[[Data], Data]] = {
 @pytest.mark.parametrize("n_tokens", DIRECT_AND_NOT)
 @pytest.mark.parametrize("name", TAMPERS)
 def test_small_mistakes_would_show(name: str, n_tokens: int) -> None:
-    cold_k = {"halves of K swapped": "q4_0", "other values of K": "iq4_nl"}.get(name, "f16")
-    data = make_data(Case(cold_k=cold_k, n_tokens=n_tokens, sinks=True, logit_softcap=20.0, q_size=1.0, n_rot_k=64, n_rot_v=64, mean=0.3))
+    types = {"halves of K swapped": "q4_0", "fifth bits of K swapped": "q5_0", "other values of K": "iq4_nl"}
+    cold_k = types.get(name, "f16")
+    rows = dict(sinks=True, logit_softcap=20.0, q_size=1.0, n_rot_k=64, n_rot_v=64, mean=0.3)
+    data = make_data(Case(cold_k=cold_k, n_tokens=n_tokens, **rows))
     expected = reference(data)
     limits = bounds(data, expected)
     assert_within(data.compute(), data, expected, limits)
@@ -576,21 +616,21 @@ def errors(kv_type: str, n_tokens: int) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize("n_tokens", [1, 64])
-@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0", "iq4_nl"])
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"])
 def test_the_error_is_not_above_ggmls(kv_type: str, n_tokens: int, record_property: Callable) -> None:
     ours, theirs, distance = errors(kv_type, n_tokens)
     record_property("ours", float(ours))
     record_property("ggml", float(theirs))
-    if kv_type in ("q4_0", "iq4_nl") and n_tokens == 1:
-        # Both round the query to the same 8 bits, so that the errors are nearly the same. ggml rounds its scales to F16
-        # (2**-12 of scores that are 2 in size) and we the weights (to 2**-15 of the largest): smaller than the
-        # query's error by an order, and of independent signs, they move the whole by less than their square.
+    if kv_type not in ("f16", "q8_0") and n_tokens == 1:
+        # Both round the query to the same 8 bits, so that the errors are nearly the same. ggml rounds its scales and
+        # sums to F16 (2**-12 of scores that are 2 in size) and we the weights (to 2**-15 of the largest): smaller than
+        # the query's error by an order, and of independent signs, they move the whole by less than their square.
         assert distance < 0.1 * theirs
         assert ours < theirs * (1 + 0.1**2)
     else:
         # ggml adds up F16 rows in F16 (2**-11 of each partial sum) unless there are many tokens, when it is as exact as
-        # we are, but for the order of the sums; and rounds the query to 8 bits for any number of tokens
-        # (2**-8 of a block's largest value); we round weights of Q8_0 rows to 2**-15 of the largest where tokens are few
+        # we are, but for the order of the sums; and rounds the query to 8 bits for any number of tokens (2**-8 of a
+        # block's largest value); we round weights of Q8_0 rows to 2**-15 of the largest where tokens are few
         share = 1.0 if n_tokens == 64 and kv_type == "f16" else 2**-4 if n_tokens == 1 and kv_type == "q8_0" else 1e-2
         assert ours < share * theirs
 
@@ -810,7 +850,7 @@ def fill(rows: np.ndarray, kv_type: str, value: float) -> None:
         n_bytes = ggml.row_size(kv_type, BLOCK)
         blocks = rows.reshape(*rows.shape[:-1], -1, n_bytes)  # a view
         blocks[..., :2] = np.array([value], np.float16).view(np.uint8)
-        if value == 0 and kv_type == "q5_1":
+        if value == 0 and kv_type in MINIMA:
             blocks[..., 2:4] = 0  # what is added to all values
 
 

@@ -2,7 +2,7 @@
 
 The expectation comes from tests/helpers: a forward pass in float64 (llama.py), a twin of the policy that says which rows are
 cold when, and gguf's quantisation in numpy. The composed attention computes what it does; the fused one also rounds the
-queries of single tokens to 8 bits where K is Q4_0, which is allowed for (QUERY).
+queries of single tokens to 8 bits where K has 4 or 5, which is allowed for (QUERY).
 """
 
 from __future__ import annotations

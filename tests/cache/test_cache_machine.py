@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from helpers import raw
 from helpers.reference_cache import NoRoom, ReferenceCache, Token
-from helpers.rows import migrated
+from helpers.rows import GRIDS, migrated
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -112,7 +112,7 @@ def row_bytes(k: list[np.ndarray], v: list[np.ndarray]) -> bytes:
 
 def stored(x: np.ndarray, kv_type: str) -> np.ndarray:
     """A row as a migration stores it."""
-    return migrated(x, kv_type, 0) if kv_type == "iq4_nl" else ggml.quantize(x, kv_type).data
+    return migrated(x, kv_type, 0) if kv_type in GRIDS else ggml.quantize(x, kv_type).data
 
 
 def cells_of(cache: MixedKVCache, cold: bool, stream: int) -> list[tuple]:

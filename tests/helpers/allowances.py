@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
+
+from .rows import GRIDS, quantise
 
 F32 = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}
 
@@ -14,10 +18,12 @@ ATOL = 1.3e-6 * 3 * 5 * 5
 F32_ERROR = 3e-7
 
 # The distance of two neighbouring values that a type can store, for rows of unit variance: blocks of 32 reach to 2.5,
-# or from -2.2 to 2.2, in so many steps. For the floating point types half the distance of neighbours between 1 and 2.
+# or from -2.2 to 2.2, in so many steps. For the floating point types half the distance of neighbours between 1 and 2;
+# for iq4_nl that of most values, which are in the middle of its table.
 STEP = {
     "q4_0": 2.5 / 8,
     "q4_1": 4.4 / 15,
+    "iq4_nl": 2.5 / 127 * 12,
     "q5_0": 2.5 / 16,
     "q5_1": 4.4 / 31,
     "q8_0": 2.5 / 127,
@@ -26,24 +32,34 @@ STEP = {
 }
 
 
+@cache
 def flips(kv_type: str) -> float:
     """How much of the effect of storing rows in a type may be missed, as a ratio of root mean squares.
 
     A value that is off by e ends up on the wrong side of a border with a probability of 2 * e / step, and is a step off
-    then. Storing it is step / sqrt(12) off in any case. The factor is for rows of later layers, which are off by more.
+    then. Storing it is step / sqrt(12) off in any case. Where scales are searched, a block may also get another one that
+    is as good, and all its values change: how often is found by trying. The factor is for rows of later layers, which are
+    off by more.
     """
+    if kv_type in GRIDS:
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(20_000, 32))
+        stored, other = (quantise(x + F32_ERROR * e, kv_type) for e in (0, rng.normal(size=x.shape)))
+        return 4 * rms(other - stored) / rms(stored - x)
     return 4 * np.sqrt(12 * 2 * F32_ERROR / STEP[kv_type])
 
 
-# Q4_0 stores a value of K as one of 8 steps to the largest of its block; the fused kernel rounds one of the query to
-# one of 127. Relative to the size of the values, the largest are alike: the query's rounding changes scores by 8 / 127 of
-# what K's does. Twice that is for single tokens that see more cold rows than the average, and for later layers.
-QUERY = 2 * 8 / 127
+# The fused kernel rounds a value of the query to one of 127 steps to the largest of its block, where K has values of 4
+# or 5 bits. Relative to the size of the values, the largest are alike: the query's rounding changes scores by the ratio
+# of the steps times what K's does. Twice that is for single tokens that see more cold rows than the average, and for
+# later layers.
+QUERY = 2.5 / 127
 
 
 def allowance(attn: str, cold_k: str = "q4_0", head_size: int = 64) -> float:
     """How much of the effect of storing K in a type the rounding of queries may add."""
-    return QUERY if attn == "fused" and cold_k == "q4_0" and head_size % 64 == 0 else 0.0
+    rounded = attn == "fused" and cold_k in ("q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1") and head_size % 64 == 0
+    return 2 * QUERY / STEP[cold_k] if rounded else 0.0
 
 
 def rms(x: np.ndarray) -> float:

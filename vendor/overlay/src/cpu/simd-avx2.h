@@ -61,6 +61,14 @@ V_INLINE vf v_load_i4(const uint8_t * p, int i) {
     return _mm256_cvtepi32_ps(_mm256_sub_epi32(u, _mm256_set1_epi32(8)));
 }
 
+V_INLINE vf v_load_i5(const uint8_t * p, int i) {
+    const __m256i x    = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) (p + 4 + 8*(i & 1))));
+    const __m256i low  = i < 2 ? _mm256_and_si256(x, _mm256_set1_epi32(15)) : _mm256_srli_epi32(x, 4);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i bit  = _mm256_srlv_epi32(_mm256_set1_epi32(load_i32(p)), _mm256_add_epi32(lane, _mm256_set1_epi32(8*i)));
+    return _mm256_cvtepi32_ps(_mm256_or_si256(low, _mm256_slli_epi32(_mm256_and_si256(bit, _mm256_set1_epi32(1)), 4)));
+}
+
 V_INLINE vf v_load_t4(const uint8_t * p, int i, const table16 & t) {
     const __m128i x = _mm_loadl_epi64((const __m128i *) (p + 8*(i & 1)));
     const __m128i u = _mm_and_si128(i < 2 ? x : _mm_srli_epi32(x, 4), _mm_set1_epi8(15));
@@ -93,7 +101,17 @@ V_INLINE vf v_f16_hi(vi x) { return v_f16_lo(_mm256_srli_epi32(x, 16)); }
 V_INLINE vi v_nibble_lo(vi x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 V_INLINE vi v_nibble_hi(vi x) { return _mm256_and_si256(_mm256_srli_epi32(x, 4), _mm256_set1_epi8(15)); }
 
-// Sums of 16 bits: up to 16 products of [0, 15] and [-127, 127] each, |sum| <= 30480.
+V_INLINE vi v_join16(vi a, vi b) { return _mm256_or_si256(_mm256_srli_epi32(a, 16), _mm256_slli_epi32(b, 16)); }
+
+V_INLINE vi v_fifth(vi x, vi bits, int first) {
+    const __m256i y    = first < 0 ? _mm256_slli_epi32(bits, -first) : _mm256_srli_epi32(bits, first);
+    const __m256i copy = _mm256_set_epi8(12, 12, 12, 12, 8, 8, 8, 8, 4, 4, 4, 4, 0, 0, 0, 0, 12, 12, 12, 12, 8, 8, 8, 8, 4, 4, 4, 4, 0, 0, 0, 0);
+    const __m256i bit  = _mm256_set1_epi32(0x08040201);
+    const __m256i set  = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(y, copy), bit), bit);
+    return _mm256_or_si256(x, _mm256_and_si256(set, _mm256_set1_epi8(16)));
+}
+
+// Sums of 16 bits: up to 16 products of [0, 15] and [-127, 127] each, |sum| <= 30480; 8 of [0, 31], |sum| <= 31496.
 constexpr int V_DOT_SUMS = 1;
 V_INLINE va v_dot_zero() { return _mm256_setzero_si256(); }
 V_INLINE va v_dot(va acc, vi u, int32_t s) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, _mm256_set1_epi32(s))); }
@@ -139,13 +157,32 @@ V_INLINE void v_load_t4_pairs(const uint8_t * p, size_t nb, vi * res, const tabl
     }
 }
 
+// 16 signed bytes of each of two rows
+V_INLINE void widen_pairs(__m128i a, __m128i b, vi * res) {
+    res[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
+    res[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
+}
+
+V_INLINE void v_load_i5_pairs(const uint8_t * p, size_t nb, vi * res) {
+    const __m256i copy = _mm256_set_epi8(3, 3, 3, 3, 3, 3, 3, 3, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i bit  = _mm256_set1_epi64x(0x8040201008040201);
+    __m256i x[4];
+    for (int i = 0; i < 4; ++i) {
+        const __m128i y   = _mm_loadu_si128((const __m128i *) (p + i*nb + 4));
+        const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(y), _mm_srli_epi16(y, 4), 1);
+        const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(load_i32(p + i*nb)), copy), bit), bit);
+        x[i] = _mm256_or_si256(v_nibble_lo(low), _mm256_and_si256(set, _mm256_set1_epi8(16)));
+    }
+    for (int i = 0; i < 2; ++i) {
+        widen_pairs(_mm256_castsi256_si128(x[2*i]), _mm256_castsi256_si128(x[2*i + 1]), res + 4*i);
+        widen_pairs(_mm256_extracti128_si256(x[2*i], 1), _mm256_extracti128_si256(x[2*i + 1], 1), res + 4*i + 2);
+    }
+}
+
 V_INLINE void v_load_i8_pairs(const uint8_t * p, size_t nb, vi * res) {
     for (int i = 0; i < 4; ++i) {
         const uint8_t * x = p + 2*(i/2)*nb + 16*(i%2);
-        const __m128i a = _mm_loadu_si128((const __m128i *) x);
-        const __m128i b = _mm_loadu_si128((const __m128i *) (x + nb));
-        res[2*i    ] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
-        res[2*i + 1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
+        widen_pairs(_mm_loadu_si128((const __m128i *) x), _mm_loadu_si128((const __m128i *) (x + nb)), res + 2*i);
     }
 }
 
@@ -183,6 +220,17 @@ V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
     const __m256i b = _mm256_or_si256(x[1], _mm256_slli_epi32(x[3], 4));
     const __m256i y = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xD8);
     _mm_storeu_si128((__m128i *) p, _mm_packus_epi16(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1)));
+}
+
+V_INLINE void v_store_i5(uint8_t * p, const vi * x) {
+    uint32_t bits = 0;
+    vi low[4];
+    for (int i = 0; i < 4; ++i) {
+        bits |= (uint32_t) _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_slli_epi32(x[i], 27))) << 8*i;
+        low[i] = _mm256_and_si256(x[i], _mm256_set1_epi32(15));
+    }
+    memcpy(p, &bits, 4);
+    v_store_i4(p + 4, low);
 }
 
 // a search by halves: where the nearest of all values, of a half of them, ... changes, and in the end to what

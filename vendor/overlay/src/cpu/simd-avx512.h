@@ -47,6 +47,13 @@ V_INLINE vf v_load_bf16(const uint8_t * p) {
 }
 V_INLINE vf v_load_i8(const uint8_t * p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p))); }
 
+// V_LEN of 32 values of five bits: four bytes with their highest bits, then 16 with the nibbles below these
+V_INLINE vf v_load_i5(const uint8_t * p, int i) {
+    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) (p + 4)));
+    const __m512i low = i == 0 ? _mm512_and_si512(x, _mm512_set1_epi32(15)) : _mm512_srli_epi32(x, 4);
+    return _mm512_cvtepi32_ps(_mm512_mask_or_epi32(low, load_u16(p + 2*i), low, _mm512_set1_epi32(16)));
+}
+
 // V_LEN values of 16 bytes that hold 32 nibbles, as the table has them
 V_INLINE vf v_load_t4(const uint8_t * p, int i, const table16 & t) {
     const __m512  values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) t.v)));
@@ -115,6 +122,18 @@ V_INLINE vf v_f16_hi(vi x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512
 V_INLINE vi v_nibble_lo(vi x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 V_INLINE vi v_nibble_hi(vi x) { return _mm512_and_si512(_mm512_srli_epi32(x, 4), _mm512_set1_epi8(15)); }
 
+// the upper half of every lane of a, below the lower half of that of b
+V_INLINE vi v_join16(vi a, vi b) { return _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_slli_epi32(b, 16)); }
+
+// the four bytes of every lane of x, plus 16 where bits first to first + 3 of that of bits are set; first: from -2
+V_INLINE vi v_fifth(vi x, vi bits, int first) {
+    // eight bits for every byte, from that on which comes four before its own
+    const __m512i bytes = _mm512_set4_epi32(0x23222120, 0x03020100, 0x23222120, 0x03020100);
+    const __m512i from  = _mm512_add_epi8(bytes, _mm512_set1_epi8((char) (first - 4)));
+    // x | (y & 16)
+    return _mm512_ternarylogic_epi32(x, _mm512_multishift_epi64_epi8(from, bits), _mm512_set1_epi8(16), 0xF8);
+}
+
 // acc += the four unsigned bytes of every lane of u times the four signed ones of s
 constexpr int V_DOT_SUMS = 2;
 V_INLINE va v_dot_zero() { return _mm512_setzero_si512(); }
@@ -166,6 +185,22 @@ V_INLINE void v_load_t4_pairs(const uint8_t * p, size_t nb, vi * res, const tabl
     res[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 12), values);
 }
 
+// 32 values of five bits of each of four rows, see v_load_i5()
+V_INLINE void v_load_i5_pairs(const uint8_t * p, size_t nb, vi * res) {
+    v_load_i4_pairs(p + 4, nb, res);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    // where eight bits begin whose fifth one is that of an element, of the first row and in the other half of a lane of the second
+    const __m512i from = _mm512_add_epi8(_mm512_or_si512(lane, _mm512_slli_epi32(lane, 16)), _mm512_set1_epi32(0x001C00FC));
+    for (int i = 0; i < 2; ++i) {
+        const uint64_t rows = (uint32_t) load_i32(p + 2*i*nb) | (uint64_t) (uint32_t) load_i32(p + 2*i*nb + nb) << 32;
+        const __m512i bits = _mm512_set1_epi64((int64_t) rows);
+        for (int h = 0; h < 2; ++h) {
+            const __m512i y = _mm512_multishift_epi64_epi8(_mm512_add_epi8(from, _mm512_set1_epi32(h*0x00100010)), bits);
+            res[2*i + h] = _mm512_ternarylogic_epi32(res[2*i + h], y, _mm512_set1_epi16(16), 0xF8);
+        }
+    }
+}
+
 // 32 bytes of each of four rows, likewise
 V_INLINE void v_load_i8_pairs(const uint8_t * p, size_t nb, vi * res) {
     // a lane has the values i and i + 16 of the first row, then those of the second
@@ -210,6 +245,15 @@ V_INLINE vi v_to_int_trunc(vf x) { return _mm512_cvttps_epi32(x); }
 // 32 numbers from 0 to 15 as nibbles of 16 bytes
 V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
     _mm_storeu_si128((__m128i *) p, _mm512_cvtepi32_epi8(_mm512_or_si512(x[0], _mm512_slli_epi32(x[1], 4))));
+}
+
+// 32 numbers from 0 to 31, see v_load_i5()
+V_INLINE void v_store_i5(uint8_t * p, const vi * x) {
+    const __m512i bit = _mm512_set1_epi32(16);
+    const uint32_t bits = _mm512_test_epi32_mask(x[0], bit) | (uint32_t) _mm512_test_epi32_mask(x[1], bit) << 16;
+    memcpy(p, &bits, 4);
+    const vi low[2] = { _mm512_and_si512(x[0], _mm512_set1_epi32(15)), _mm512_and_si512(x[1], _mm512_set1_epi32(15)) };
+    v_store_i4(p + 4, low);
 }
 
 // What stands for the nearest of 16 values, for the larger one of two that are as near; |x| up to 140.

@@ -54,13 +54,15 @@ V_INLINE float f32_from_f16(uint16_t h) {
 V_INLINE vf v_load_f16(const uint8_t * p) { KVM_EACH(f32_from_f16(load_u16(p + 2*i))); }
 V_INLINE vf v_load_bf16(const uint8_t * p) { KVM_EACH(f32_from_bits((uint32_t) load_u16(p + 2*i) << 16)); }
 V_INLINE vf v_load_i8(const uint8_t * p) { KVM_EACH((float) (int8_t) p[i]); }
+V_INLINE int load_nibble(const uint8_t * p, int k) { return k < 16 ? p[k] & 15 : p[k - 16] >> 4; }
+V_INLINE int load_five(const uint8_t * p, int k) { return load_nibble(p + 4, k) | (p[k/8] >> k%8 & 1) << 4; }
+
+V_INLINE vf v_load_i5(const uint8_t * p, int k) { KVM_EACH((float) load_five(p, V_LEN*k + i)); }
 V_INLINE vf v_load_i4(const uint8_t * p, int k) {
-    p += V_LEN*(k & 1);
-    KVM_EACH((float) ((k < 2 ? p[i] & 15 : p[i] >> 4) - 8));
+    KVM_EACH((float) (load_nibble(p, V_LEN*k + i) - 8));
 }
 V_INLINE vf v_load_t4(const uint8_t * p, int k, const table16 & t) {
-    p += V_LEN*(k & 1);
-    KVM_EACH((float) t.v[k < 2 ? p[i] & 15 : p[i] >> 4]);
+    KVM_EACH((float) t.v[load_nibble(p, V_LEN*k + i)]);
 }
 
 V_INLINE void v_transpose4(const uint8_t * p, size_t nb, vi res[4]) {
@@ -76,6 +78,23 @@ V_INLINE vf v_f16_lo(vi x) { KVM_EACH(f32_from_f16(load_u16(x.v[i]))); }
 V_INLINE vf v_f16_hi(vi x) { KVM_EACH(f32_from_f16(load_u16(x.v[i] + 2))); }
 V_INLINE vi v_nibble_lo(vi x) { for (auto & y : x.v) { for (uint8_t & z : y) { z &= 15; } } return x; }
 V_INLINE vi v_nibble_hi(vi x) { for (auto & y : x.v) { for (uint8_t & z : y) { z >>= 4; } } return x; }
+
+V_INLINE vi v_join16(vi a, vi b) {
+    for (int i = 0; i < V_LEN; ++i) {
+        memcpy(a.v[i],     a.v[i] + 2, 2);
+        memcpy(a.v[i] + 2, b.v[i],     2);
+    }
+    return a;
+}
+V_INLINE vi v_fifth(vi x, vi bits, int first) {
+    for (int i = 0; i < V_LEN; ++i) {
+        for (int j = 0; j < 4; ++j) {
+            const int k = first + j;
+            x.v[i][j] |= k >= 0 && k < 32 ? (bits.v[i][k/8] >> k%8 & 1) << 4 : 0;
+        }
+    }
+    return x;
+}
 
 constexpr int V_DOT_SUMS = 1;
 V_INLINE va v_dot_zero() { return {}; }
@@ -121,14 +140,16 @@ V_INLINE void load_pairs(vi * res, const F & value) {
     }
 }
 
-V_INLINE int load_nibble(const uint8_t * p, int k) { return k < 16 ? p[k] & 15 : p[k - 16] >> 4; }
-
 V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
     load_pairs(res, [&](int row, int k) { return load_nibble(p + row*nb, k); });
 }
 
 V_INLINE void v_load_t4_pairs(const uint8_t * p, size_t nb, vi * res, const table16 & t) {
     load_pairs(res, [&](int row, int k) { return t.v[load_nibble(p + row*nb, k)]; });
+}
+
+V_INLINE void v_load_i5_pairs(const uint8_t * p, size_t nb, vi * res) {
+    load_pairs(res, [&](int row, int k) { return load_five(p + row*nb, k); });
 }
 
 V_INLINE void v_load_i8_pairs(const uint8_t * p, size_t nb, vi * res) {
@@ -201,6 +222,19 @@ V_INLINE vi v_to_int_trunc(vf x) {
 V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
     for (int i = 0; i < 16; ++i) {
         p[i] = (uint8_t) (load_i32(x[i/V_LEN].v[i%V_LEN]) | load_i32(x[i/V_LEN + 16/V_LEN].v[i%V_LEN]) << 4);
+    }
+}
+
+V_INLINE void v_store_i5(uint8_t * p, const vi * x) {
+    for (int i = 0; i < 4; ++i) {
+        p[i] = 0;
+    }
+    for (int i = 0; i < 16; ++i) {
+        const int32_t a = load_i32(x[i/V_LEN].v[i%V_LEN]);
+        const int32_t b = load_i32(x[i/V_LEN + 16/V_LEN].v[i%V_LEN]);
+        p[4 + i] = (uint8_t) ((a & 15) | (b & 15) << 4);
+        p[    i/8] |= (uint8_t) (a >> 4 << i%8);
+        p[2 + i/8] |= (uint8_t) (b >> 4 << i%8);
     }
 }
 

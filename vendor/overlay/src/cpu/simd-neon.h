@@ -54,6 +54,14 @@ V_INLINE vf v_load_i4(const uint8_t * p, int i) {
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vsub_s8(vreinterpret_s8_u8(u), vdup_n_s8(8))))));
 }
 
+V_INLINE vf v_load_i5(const uint8_t * p, int i) {
+    const uint8x8_t  x    = vreinterpret_u8_s32(vdup_n_s32(load_i32(p + 4 + 4*(i & 3))));
+    const uint8x8_t  low  = i < 4 ? vand_u8(x, vdup_n_u8(15)) : vshr_n_u8(x, 4);
+    const uint32_t   at[4] = { 1u << 4*i, 2u << 4*i, 4u << 4*i, 8u << 4*i };
+    const uint32x4_t high = vandq_u32(vtstq_u32(vdupq_n_u32((uint32_t) load_i32(p)), vld1q_u32(at)), vdupq_n_u32(16));
+    return vcvtq_f32_u32(vorrq_u32(vmovl_u16(vget_low_u16(vmovl_u8(low))), high));
+}
+
 V_INLINE vf v_load_t4(const uint8_t * p, int i, const table16 & t) {
     const uint8x8_t x = vreinterpret_u8_s32(vdup_n_s32(load_i32(p + 4*(i & 3))));
     const uint8x8_t u = i < 4 ? vand_u8(x, vdup_n_u8(15)) : vshr_n_u8(x, 4);
@@ -80,6 +88,16 @@ V_INLINE vf v_f16_lo(vi x) { return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(
 V_INLINE vf v_f16_hi(vi x) { return vcvt_f32_f16(vreinterpret_f16_u16(vshrn_n_u32(vreinterpretq_u32_u8(x), 16))); }
 V_INLINE vi v_nibble_lo(vi x) { return vandq_u8(x, vdupq_n_u8(15)); }
 V_INLINE vi v_nibble_hi(vi x) { return vshrq_n_u8(x, 4); }
+
+V_INLINE vi v_join16(vi a, vi b) {
+    return vreinterpretq_u8_u32(vsliq_n_u32(vshrq_n_u32(vreinterpretq_u32_u8(a), 16), vreinterpretq_u32_u8(b), 16));
+}
+
+V_INLINE vi v_fifth(vi x, vi bits, int first) {
+    const uint32x4_t y    = vshlq_u32(vreinterpretq_u32_u8(bits), vdupq_n_s32(-first));
+    const uint8x16_t copy = vreinterpretq_u8_u32(vmulq_n_u32(vandq_u32(y, vdupq_n_u32(15)), 0x01010101));
+    return vorrq_u8(x, vandq_u8(vtstq_u8(copy, vreinterpretq_u8_u32(vdupq_n_u32(0x08040201))), vdupq_n_u8(16)));
+}
 
 constexpr int V_DOT_SUMS = 2;
 V_INLINE va v_dot_zero() { return vdupq_n_s32(0); }
@@ -133,6 +151,22 @@ V_INLINE void v_load_t4_pairs(const uint8_t * p, size_t nb, vi * res, const tabl
     }
 }
 
+V_INLINE void v_load_i5_pairs(const uint8_t * p, size_t nb, vi * res) {
+    const auto fifth = [](vi x, const uint8_t * bits) {
+        const uint8x16_t copy = vcombine_u8(vdup_n_u8(bits[0]), vdup_n_u8(bits[1]));
+        const uint8x16_t bit  = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
+        return vorrq_u8(x, vandq_u8(vtstq_u8(copy, bit), vdupq_n_u8(16)));
+    };
+    for (int i = 0; i < 2; ++i) {
+        const uint8_t * a = p + 2*i*nb;
+        const uint8_t * b = a + nb;
+        const vi x = vld1q_u8(a + 4);
+        const vi y = vld1q_u8(b + 4);
+        widen_pairs(fifth(v_nibble_lo(x), a),     fifth(v_nibble_lo(y), b),     res + 8*i);
+        widen_pairs(fifth(v_nibble_hi(x), a + 2), fifth(v_nibble_hi(y), b + 2), res + 8*i + 4);
+    }
+}
+
 V_INLINE void v_load_i8_pairs(const uint8_t * p, size_t nb, vi * res) {
     for (int i = 0; i < 4; ++i) {
         const uint8_t * x = p + 2*(i/2)*nb + 16*(i%2);
@@ -177,6 +211,19 @@ V_INLINE void v_store_i4(uint8_t * p, const vi * x) {
         y[i] = vmovn_u32(vorrq_u32(vreinterpretq_u32_u8(x[i]), vshlq_n_u32(vreinterpretq_u32_u8(x[i + 4]), 4)));
     }
     vst1q_u8(p, vcombine_u8(vmovn_u16(vcombine_u16(y[0], y[1])), vmovn_u16(vcombine_u16(y[2], y[3]))));
+}
+
+V_INLINE void v_store_i5(uint8_t * p, const vi * x) {
+    const uint32x4_t at = { 1, 2, 4, 8 };
+    uint32_t bits = 0;
+    vi low[8];
+    for (int i = 0; i < 8; ++i) {
+        const uint32x4_t y = vreinterpretq_u32_u8(x[i]);
+        bits |= vaddvq_u32(vandq_u32(vtstq_u32(y, vdupq_n_u32(16)), at)) << 4*i;
+        low[i] = vreinterpretq_u8_u32(vandq_u32(y, vdupq_n_u32(15)));
+    }
+    memcpy(p, &bits, 4);
+    v_store_i4(p + 4, low);
 }
 
 // in ranges of 8 that begin at -128: how many half steps into it the nearest value changes (16: not), and to the how manieth

@@ -7,17 +7,28 @@
 namespace {
 
 // row: a struct with
-//   scaled: whether a block has a scale, which is then its first two bytes (F16)
-//   size:   bytes of a block, where it has a scale
-//   load(): vector i of block b, without the scale
+//   scaled:  whether a block has a scale, which is then its first two bytes (F16)
+//   has_min: whether a number is added to the scaled values, which is then its next two bytes (F16)
+//   size:    bytes of a block, where it has a scale
+//   load():  vector i of block b, without these
+
+template <class row>
+V_INLINE vf load_value(const uint8_t * x, int64_t b, int i, float d, float min) {
+    const vf y = row::load(x, b, i);
+    if constexpr (row::has_min) {
+        return v_fma(y, v_set(d), v_set(min)); // the product is exact
+    }
+    return row::scaled ? v_mul(y, v_set(d)) : y;
+}
 
 // S[r][j] = Q[r] . K[j], for N query rows
 template <class row, int N>
 void dot_rows(const float * Q, int64_t ld, const tile & k, float * S) {
-    alignas(64) float d[LLAMA_KV_MIXED_MAX_EMBD/BLOCK][TILE];
+    alignas(64) float d  [LLAMA_KV_MIXED_MAX_EMBD/BLOCK][TILE];
+    alignas(64) float min[row::has_min ? LLAMA_KV_MIXED_MAX_EMBD/BLOCK : 1][TILE];
     if constexpr (row::scaled) {
         for (int64_t b = 0; b < k.n_block; ++b) {
-            load_scales<row>(k.data, k.nb, k.n, b, d[b]);
+            load_scales<row>(k.data, k.nb, k.n, b, d[b], min[row::has_min ? b : 0]);
         }
     }
 
@@ -44,7 +55,7 @@ KVM_UNROLL
         }
 
         for (int64_t b = 0; b < k.n_block; ++b) {
-            if constexpr (row::scaled) {
+            if constexpr (row::scaled && !row::has_min) {
 KVM_UNROLL
                 for (int p = 0; p < 4; ++p) {
                     vf sum[N];
@@ -70,7 +81,7 @@ KVM_UNROLL
                 for (int i = 0; i < V_BLOCK; ++i) {
 KVM_UNROLL
                     for (int p = 0; p < 4; ++p) {
-                        const vf y = row::load(x[p], b, i);
+                        const vf y = row::has_min ? load_value<row>(x[p], b, i, d[b][j[p]], min[b][j[p]]) : row::load(x[p], b, i);
 KVM_UNROLL
                         for (int r = 0; r < N; ++r) {
                             acc[r][p] = v_fma(y, v_load(Q + r*ld + b*BLOCK + i*V_LEN), acc[r][p]);
@@ -90,20 +101,21 @@ KVM_UNROLL
 // O[r] += sum over j of P[r][j] V[j], for N query rows
 template <class row, int N>
 void acc_rows(const float * P, const tile & v, float * O, int64_t ld) {
-    alignas(64) float d[TILE];
+    alignas(64) float d  [TILE];
+    alignas(64) float min[TILE];
     alignas(64) float w[N][TILE];
 
     ahead next(v, v.n_block);
 
     for (int64_t b = 0; b < v.n_block; ++b) {
         if constexpr (row::scaled) {
-            load_scales<row>(v.data, v.nb, v.n, b, d);
+            load_scales<row>(v.data, v.nb, v.n, b, d, min);
         }
 KVM_UNROLL
         for (int r = 0; r < N; ++r) {
             for (int j = 0; j < TILE; j += V_LEN) {
                 const vf p = v_load(P + r*TILE + j);
-                v_store(w[r] + j, row::scaled ? v_mul(p, v_load(d + j)) : p);
+                v_store(w[r] + j, row::scaled && !row::has_min ? v_mul(p, v_load(d + j)) : p);
             }
         }
 
@@ -121,7 +133,7 @@ KVM_UNROLL
             next.visit(1);
 KVM_UNROLL
             for (int i = 0; i < V_BLOCK; ++i) {
-                const vf y = row::load(x, b, i);
+                const vf y = row::has_min ? load_value<row>(x, b, i, d[j], min[j]) : row::load(x, b, i);
 KVM_UNROLL
                 for (int r = 0; r < N; ++r) {
                     acc[r][i] = v_fma(y, v_set(w[r][j]), acc[r][i]);
@@ -159,19 +171,19 @@ void acc_float(const llama_kv_mixed_acc & a) {
 
 template <class row>
 void expand_float(const tile & t, float * dst, int64_t ld) {
-    alignas(64) float d[TILE];
+    alignas(64) float d  [TILE];
+    alignas(64) float min[TILE];
     ahead next(t, t.n_block);
     for (int64_t b = 0; b < t.n_block; ++b) {
         if constexpr (row::scaled) {
-            load_scales<row>(t.data, t.nb, t.n, b, d);
+            load_scales<row>(t.data, t.nb, t.n, b, d, min);
         }
         for (int j = 0; j < t.n; ++j) {
             const uint8_t * x = t.data + j*t.nb;
             next.visit(1);
 KVM_UNROLL
             for (int i = 0; i < V_BLOCK; ++i) {
-                const vf y = row::load(x, b, i);
-                v_store(dst + j*ld + b*BLOCK + i*V_LEN, row::scaled ? v_mul(y, v_set(d[j])) : y);
+                v_store(dst + j*ld + b*BLOCK + i*V_LEN, load_value<row>(x, b, i, d[j], min[j]));
             }
         }
     }
@@ -189,31 +201,37 @@ KVM_UNROLL
 }
 
 template <class row>
-constexpr llama_kv_mixed_format make_float_format(const char * name, ggml_type type) {
-    return { name, type, load_float<row>, nullptr, expand_float<row>, dot_float<row>, acc_float<row>, 0, nullptr };
+constexpr llama_kv_mixed_format make_float_format(const char * name, ggml_type type, decltype(llama_kv_mixed_format::quantize) quantize) {
+    return { name, type, load_float<row>, quantize, expand_float<row>, dot_float<row>, acc_float<row>, 0, nullptr };
 }
 
 //
 // the types of hot rows
 //
 
-struct row_f32 {
-    static constexpr bool scaled = false;
+struct row_floats {
+    static constexpr bool scaled  = false;
+    static constexpr bool has_min = false;
+};
+
+struct row_f32 : row_floats {
     static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load((const float *) row + b*BLOCK + i*V_LEN); }
 };
 
-struct row_f16 {
-    static constexpr bool scaled = false;
+struct row_f16 : row_floats {
     static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_f16(row + 2*(b*BLOCK + i*V_LEN)); }
 };
 
-struct row_bf16 {
-    static constexpr bool scaled = false;
+struct row_bf16 : row_floats {
     static V_INLINE vf load(const uint8_t * row, int64_t b, int i) { return v_load_bf16(row + 2*(b*BLOCK + i*V_LEN)); }
 };
 
-constexpr auto format_f32  = make_float_format<row_f32> ("f32",  GGML_TYPE_F32);
-constexpr auto format_f16  = make_float_format<row_f16> ("f16",  GGML_TYPE_F16);
-constexpr auto format_bf16 = make_float_format<row_bf16>("bf16", GGML_TYPE_BF16);
+void quantize_f32 (const float * x, int64_t n, uint8_t * dst) { memcpy(dst, x, n*sizeof(float)); }
+void quantize_f16 (const float * x, int64_t n, uint8_t * dst) { ggml_fp32_to_fp16_row(x, (ggml_fp16_t *) dst, n); }
+void quantize_bf16(const float * x, int64_t n, uint8_t * dst) { ggml_fp32_to_bf16_row_ref(x, (ggml_bf16_t *) dst, n); }
+
+constexpr auto format_f32  = make_float_format<row_f32> ("f32",  GGML_TYPE_F32,  quantize_f32);
+constexpr auto format_f16  = make_float_format<row_f16> ("f16",  GGML_TYPE_F16,  quantize_f16);
+constexpr auto format_bf16 = make_float_format<row_bf16>("bf16", GGML_TYPE_BF16, quantize_bf16);
 
 } // namespace

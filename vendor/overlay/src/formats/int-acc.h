@@ -8,7 +8,9 @@ namespace {
 
 // row: a struct with
 //   size:         bytes of a block, which begins with its scale (F16)
-//   bias_acc:     what load_pairs() adds to the values
+//   has_min:      whether a number follows that is added to the scaled values (F16)
+//   bias_acc:     what load_pairs() adds to the values, so that these have either sign: what rounding does to weights and
+//                 scales is not of random sign, and would add up
 //   load_pairs(): the values of a block in each of four rows, see v_load_i4_pairs(); p: the block of the first row
 
 // Weights are rounded to 15 bits of pmax, scales to 15 bits of the tile's largest one, and so are their products: the sums
@@ -19,7 +21,8 @@ void acc_rows_int(const float * P, const float * pmax, const tile & v, const boo
     constexpr int MOST = 4; // blocks whose scales are prepared together
 
     alignas(64) int16_t p_int[N][TILE];
-    alignas(64) float   d[MOST][TILE];
+    alignas(64) float   d  [MOST][TILE];
+    alignas(64) float   min[MOST][TILE];
     alignas(64) int16_t w[MOST][N][TILE];
 
     ahead next(v, v.n_block);
@@ -38,14 +41,26 @@ void acc_rows_int(const float * P, const float * pmax, const tile & v, const boo
         float   dmax[MOST];
         float   unit[MOST][N];
         int32_t sum [MOST][N];
+        float   more[MOST][N]; // what is added to all values of a block, the weighted sum of its minima
 
         for (int i = 0; i < n; ++i) {
-            load_scales<row>(v.data, v.nb, v.n, b0 + i, d[i]);
+            load_scales<row>(v.data, v.nb, v.n, b0 + i, d[i], min[i]);
             for (int j = (v.n + V_LEN - 1)/V_LEN*V_LEN; j < TILE; j += V_LEN) {
-                v_store(d[i] + j, v_zero());
+                v_store(d  [i] + j, v_zero());
+                v_store(min[i] + j, v_zero());
             }
             for (int j = 0; live && j < v.n; ++j) {
                 d[i][j] = live[j] ? d[i][j] : 0.0f;
+            }
+        }
+        for (int i = 0; row::has_min && i < n; ++i) {
+            for (int r = 0; r < N; ++r) {
+                vf total = v_zero();
+                for (int j = 0; j < TILE; j += V_LEN) {
+                    const vf y = v_fma(v_load(d[i] + j), v_set(row::bias_acc), v_load(min[i] + j));
+                    total = v_fma(v_load(P + r*TILE + j), y, total);
+                }
+                more[i][r] = v_hsum(total);
             }
         }
         for (int i = 0; i < n; ++i) {
@@ -112,7 +127,8 @@ KVM_UNROLL
 KVM_UNROLL
                 for (int k = 0; k < V_BLOCK; ++k) {
                     float * dst = O + r*ld + (b0 + i)*BLOCK + k*V_LEN;
-                    v_store(dst, v_fma(v_from_int(acc[r][k]), v_set(unit[i][r]), v_load(dst)));
+                    const vf y = row::has_min ? v_add(v_load(dst), v_set(more[i][r])) : v_load(dst);
+                    v_store(dst, v_fma(v_from_int(acc[r][k]), v_set(unit[i][r]), y));
                 }
             }
         }

@@ -11,7 +11,7 @@ namespace {
 
 // row: a struct with
 //   size:    bytes of a block
-//   query:   two blocks of a query, as load_query_int() leaves them
+//   query:   two blocks of a query, as the format's load_query() leaves them
 //   n_pairs: pairs of blocks that are read together, 2 where this takes fewer reads
 //   pair<N>: the dot products of a pair of blocks with N queries
 //     add():    word w of every cell with that of the queries; called in their order, 0 begins a pair
@@ -22,10 +22,10 @@ namespace {
 template <class row, int N, int n_pairs, int w0 = 0>
 V_INLINE void dot_words(const uint8_t * x, size_t nb, const typename row::query * Q, int64_t n_rows, ahead & next,
         typename row::template pair<N> & pair, vf acc[N]) {
-    constexpr int n_pair = 2*row::size/4; // words of a pair
-    constexpr int n_left = n_pairs*n_pair - w0;
-    constexpr int n      = n_left < 8 ? n_left : 8;
-    constexpr int n_read = n <= 4 ? 4 : 8;
+    constexpr int n_words = 2*row::size/4; // of a pair
+    constexpr int n_left  = n_pairs*n_words - w0;
+    constexpr int n       = n_left < 8 ? n_left : 8;
+    constexpr int n_read  = n <= 4 ? 4 : 8;
 
     vi word[8];
     if constexpr (n_read == 4) {
@@ -36,13 +36,13 @@ V_INLINE void dot_words(const uint8_t * x, size_t nb, const typename row::query 
 
 KVM_UNROLL
     for (int i = 0; i < n; ++i) {
-        const int w = (w0 + i) % n_pair;
-        const auto * q = Q + (w0 + i)/n_pair*n_rows;
-        if (w == 0 || w == (n_pair + 1)/2) {
+        const int w = (w0 + i) % n_words;
+        const auto * q = Q + (w0 + i)/n_words*n_rows;
+        if (w == 0 || w == (n_words + 1)/2) {
             next.visit(V_LEN/2);
         }
         pair.add(word[n_read - n + i], w, q);
-        if (w == n_pair - 1) {
+        if (w == n_words - 1) {
             pair.add_to(acc, q);
         }
     }

@@ -10,6 +10,7 @@ namespace {
 
 struct row_q8_0 {
     static constexpr bool scaled   = true;
+    static constexpr bool has_min  = false;
     static constexpr int  size     = 34;
     static constexpr int  bias_acc = 0;
 

@@ -13,21 +13,29 @@ using tile = llama_kv_mixed_tile;
 
 static_assert(TILE % (2*V_LEN) == 0 && TILE % BLOCK == 0 && BLOCK % V_LEN == 0, "tiles and blocks are whole vectors");
 
-// the scales of block b in rows [0, n), n rounded up to whole vectors; rows from n on are not read
+// the scales of block b in rows [0, n), and the minima where it has some; n rounded up to whole vectors, with zeros: rows
+// from n on are not read
 template <class row>
-V_INLINE void load_scales(const uint8_t * x, size_t nb, int n, int64_t b, float * dst) {
+V_INLINE void load_scales(const uint8_t * x, size_t nb, int n, int64_t b, float * d, float * min) {
     int j = 0;
     for (; j + V_LEN <= n; j += V_LEN) {
-        vi word[4]; // the scale, and the first values
+        vi word[4]; // these, and the first values
         v_transpose4(x + j*nb + b*row::size, nb, word);
-        v_store(dst + j, v_f16_lo(word[0]));
+        v_store(d + j, v_f16_lo(word[0]));
+        if constexpr (row::has_min) {
+            v_store(min + j, v_f16_hi(word[0]));
+        }
     }
     if (j < n) {
-        uint8_t rest[2*V_LEN] = {};
+        uint8_t rest[2][2*V_LEN] = {};
         for (int i = j; i < n; ++i) {
-            memcpy(rest + 2*(i - j), x + i*nb + b*row::size, 2);
+            memcpy(rest[0] + 2*(i - j), x + i*nb + b*row::size,     2);
+            memcpy(rest[1] + 2*(i - j), x + i*nb + b*row::size + 2, 2);
         }
-        v_store(dst + j, v_load_f16(rest));
+        v_store(d + j, v_load_f16(rest[0]));
+        if constexpr (row::has_min) {
+            v_store(min + j, v_load_f16(rest[1]));
+        }
     }
 }
 
