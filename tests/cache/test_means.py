@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.by_hand import find, positions, snapshot
-from helpers.rows import q4_0, rotation
+from helpers.rows import rotation, steps
 from helpers.tiny_model import random_tokens, write_tiny_model
 
 from llamamix import CacheError, Context, KVMixedParams, MixedKVCache, Model, ParamsError
@@ -84,7 +84,7 @@ def check_page(
         for seq, pos in tokens:
             cell = cold_at(cache, seq)[pos]
             assert cell // PAGE == page
-            expected = q4_0(row(seq, pos, layer) - mean.astype(np.float32))
+            expected = steps("q4_0", row(seq, pos, layer) - mean.astype(np.float32))
             np.testing.assert_array_equal(stored[cell].reshape(-1, 18), expected)
 
 
@@ -224,7 +224,7 @@ def test_without_means(options: dict[str, Any], make: Make) -> None:
         move(cache, 8)
         stored = cache.cold.get_k(1).data[0]
         for pos, cell in cold_at(cache).items():
-            np.testing.assert_array_equal(stored[cell].reshape(-1, 18), q4_0(row(0, pos, 1)))
+            np.testing.assert_array_equal(stored[cell].reshape(-1, 18), steps("q4_0", row(0, pos, 1)))
 
 
 def test_means_are_read_and_written(make: Make) -> None:
