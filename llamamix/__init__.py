@@ -28,6 +28,7 @@ _MODULES = {
         "LlamamixError",
         "ModelError",
         "ParamsError",
+        "ProgramError",
         "PullError",
         "ServerError",
     ),
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .errors import LlamamixError as LlamamixError
     from .errors import ModelError as ModelError
     from .errors import ParamsError as ParamsError
+    from .errors import ProgramError as ProgramError
     from .errors import PullError as PullError
     from .errors import ServerError as ServerError
     from .generation import GeneratedToken as GeneratedToken

@@ -79,6 +79,19 @@ def _lib_dirs() -> list[Path]:
     return [_PACKAGE / "lib", *sorted(installed), _CHECKOUT / "build" / "cpu" / "bin"]
 
 
+def library_file() -> Path:
+    """The libllama to load. Raises LibraryError when there is none."""
+    dirs = _lib_dirs()
+    for folder in dirs:
+        path = folder / _file_name("llama")
+        if path.is_file():
+            return path
+    raise LibraryError(
+        f"{_file_name('llama')} is in none of {', '.join(str(d) for d in dirs)};"
+        " build it, or set LLAMAMIX_LIB_PATH to the folder that has it."
+    )
+
+
 def _decl_files() -> list[Path]:
     own = [_PACKAGE / "_decl" / name for name in ("llama.h", "ggml.h", "schema.h")]
     name = "llama-kv-mixed.decl.h"
@@ -120,17 +133,8 @@ class _Library:
         raise LibraryError(f"The loaded libllama has no function {name}().")
 
     def _load(self) -> None:
-        dirs = _lib_dirs()
-        for folder in dirs:
-            path = folder / _file_name("llama")
-            if path.is_file():
-                break
-        else:
-            raise LibraryError(
-                f"{_file_name('llama')} is in none of {', '.join(str(d) for d in dirs)};"
-                " build it, or set LLAMAMIX_LIB_PATH to the folder that has it."
-            )
-
+        path = library_file()
+        folder = path.parent
         if sys.platform == "win32":
             os.add_dll_directory(str(folder.resolve()))
 

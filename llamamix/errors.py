@@ -46,6 +46,10 @@ class PullError(LlamamixError):
     """A model or text can not be fetched from its registry."""
 
 
+class ProgramError(LlamamixError):
+    """A program of the fork is not in this install."""
+
+
 class ServerError(LlamamixError):
     """There is no llama-server to run, or it ended before it was ready; ``code`` is its exit code then."""
 

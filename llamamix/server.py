@@ -5,19 +5,17 @@ from __future__ import annotations
 import mmap
 import os
 import re
-import shutil
 import subprocess
-import sys
 import threading
+import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ._ffi import _lib_dirs
-from .errors import ServerError
+from .errors import ProgramError, ServerError
 from .params import KVMixedParams
+from .programs import find_program
 
-_NAME = "llama-server.exe" if sys.platform == "win32" else "llama-server"
 _N_LINES_MAX = 200  # of the log, kept for the reason why a server ended
 _READY = re.compile(r"\blistening on (\S+)")
 _ERROR = re.compile(r"^(?:[\d.]+ E |error\b)")
@@ -26,7 +24,7 @@ _MARK = b"llama_kv_mixed_get_stats"  # a function that only our libllama has
 
 
 def find_server() -> Path:
-    """The llama-server to run: $LLAMAMIX_SERVER, else beside libllama, in a checkout's build, or on the PATH.
+    """The llama-server to run: $LLAMAMIX_SERVER, else the one of this install, else one on the PATH.
 
     Raises ServerError.
     """
@@ -36,16 +34,10 @@ def find_server() -> Path:
         if not os.access(path, os.X_OK) or path.is_dir():
             raise ServerError(f"LLAMAMIX_SERVER names {own}, which is not a program.")
         return path
-    for folder in _lib_dirs():
-        if os.access(folder / _NAME, os.X_OK):
-            return folder / _NAME
-    found = shutil.which(_NAME)
-    if found:
-        return Path(found)
-    raise ServerError(
-        f"There is no {_NAME} (a wheel holds the libraries only): build it in a checkout with"
-        " 'cmake --preset cpu && cmake --build --preset cpu', and set LLAMAMIX_SERVER to it or put it on the PATH."
-    )
+    try:
+        return find_program("llama-server")
+    except ProgramError as error:
+        raise ServerError(str(error)) from None
 
 
 def has_mixed_cache(server: Path) -> bool:
@@ -120,6 +112,15 @@ class Server:
             raise ServerError(f"llama-server ended at its start with code {code}: {self._reason()}.", code)
         return self.url
 
+    def has_page(self, prefix: str = "") -> bool:
+        """Whether a ready server has a web page at its URL and a prefix of its paths. Some were built without one."""
+        request = urllib.request.Request(f"{self.url}{prefix}/", headers={"Accept-Encoding": "gzip"})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as reply:
+                return reply.headers.get_content_type() == "text/html"
+        except OSError:
+            return False
+
     def send_signal(self, number: int) -> None:
         self._process.send_signal(number)
 
@@ -153,11 +154,11 @@ class Server:
                 if self._error is None and _ERROR.match(line):
                     self._error = line
                 ready = _READY.search(line) if self.url is None else None
+                if self._on_line is not None:
+                    self._on_line(line)
                 if ready:
                     self.url = ready[1]
                     self._changed.set()
-                if self._on_line is not None:
-                    self._on_line(line)
         self._changed.set()
 
     def _reason(self) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import bench, demo, eval, generate, info, pull, selftest, serve, trace
+from . import bench, demo, eval, exec, generate, info, libdir, pull, selftest, serve, trace
 from ._errors import exit_code
 
-_COMMANDS = (generate, serve, info, bench, eval, pull, demo, trace, selftest)
+_COMMANDS = (generate, serve, info, bench, eval, pull, demo, trace, selftest, exec, libdir)
 
 
 def _parser() -> argparse.ArgumentParser:

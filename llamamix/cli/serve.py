@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +57,20 @@ def _run(args: argparse.Namespace) -> int:
         Server([*command, *args.args], kv_mixed, program=program, on_line=show if args.verbose else None) as server,
         _pass_on(server),
     ):
-        print(server.wait_ready(), flush=True)
+        url = server.wait_ready()
+        prefix = _value_of("--api-prefix", args.args)
+        if server.has_page(prefix):
+            show(f"llamamix: chat in a browser at {url}{prefix}/; the API is at {url}{prefix}/v1.")
+        else:
+            show(f"llamamix: this llama-server has no web page; the API is at {url}{prefix}/v1.")
+        print(url, flush=True)
         return server.wait()
+
+
+def _value_of(flag: str, args: Sequence[str]) -> str:
+    """What follows the last such flag, "" without one."""
+    values = [value for name, value in zip(args, args[1:]) if name == flag]
+    return values[-1] if values else ""
 
 
 @contextmanager

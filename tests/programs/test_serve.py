@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from helpers.processes import environment, library_dir
 
 from llamamix import KVMixedParams, ServerError
 from llamamix.server import Server, find_server
+
+NO_PAGE = "llamamix: this llama-server has no web page; the API is at http://127.0.0.1:1/v1."
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs scripts and signals")
 
@@ -94,7 +97,8 @@ def test_flags_and_environment(start: Callable, stand_in: Callable, tiny_model_p
     process.terminate()
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (3, "")  # the server's own code
-    called, ready, told = err.splitlines()
+    called, ready, page, told = err.splitlines()
+    assert page == NO_PAGE
     spec, args = json.loads(called.removeprefix("called "))
     assert KVMixedParams.parse(spec) == KVMixedParams(hot=64, cold="q8_0")
     expected = f"-m {tiny_model_path} --host 127.0.0.1 --port 0 -c 512 -np 3 -t 1 -ngl 0 --alias me -m2"
@@ -126,6 +130,7 @@ def test_signals_go_to_the_server(start: Callable, stand_in: Callable, tiny_mode
 def test_quiet_unless_asked(start: Callable, stand_in: Callable, tiny_model_path: Path) -> None:
     process = start(stand_in(), "-m", tiny_model_path)
     assert process.stdout.readline() == "http://127.0.0.1:1\n"
+    assert process.stderr.readline() == f"{NO_PAGE}\n"
     process.terminate()
     assert process.communicate(timeout=60) == ("", "")
 
@@ -158,10 +163,9 @@ def test_there_is_no_server(tmp_path: Path, tiny_model_path: Path) -> None:
     (tmp_path / "lib").mkdir()
     for file in library_dir().glob("lib*"):
         (tmp_path / "lib" / file.name).symlink_to(file)
-    # where libraries are and no program, as in a wheel
+    # where libraries are and no program, which is what -DLLAMAMIX_PROGRAMS=OFF installs
     result = run(None, "-m", tiny_model_path, LLAMAMIX_LIB_PATH=f"{tmp_path}/lib", PATH="")
-    assert_error(result, 1, "There is no llama-server (a wheel holds the libraries only): build it in a checkout with")
-    assert "LLAMAMIX_SERVER" in result.stderr
+    assert_error(result, 1, "There is no llama-server: this install has the library alone. 'pip install .' in a")
 
     result = run(tmp_path / "nothing", "-m", tiny_model_path)
     assert_error(result, 1, f"LLAMAMIX_SERVER names {tmp_path}/nothing, which is not a program.")
@@ -241,6 +245,13 @@ def test_llama_server(start: Callable, llama_server: Path, tiny_model_path: Path
     url = process.stdout.readline().strip()
     with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as answer:
         assert [model["id"] for model in json.load(answer)["data"]] == ["small"]
+    said = process.stderr.readline()
+    try:
+        urllib.request.urlopen(urllib.request.Request(f"{url}/", headers={"Accept-Encoding": "gzip"}), timeout=60)
+    except urllib.error.HTTPError as error:
+        assert error.code == 404 and said == f"llamamix: this llama-server has no web page; the API is at {url}/v1.\n"
+    else:
+        assert said == f"llamamix: chat in a browser at {url}/; the API is at {url}/v1.\n"
     process.send_signal(number)
     assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == 0

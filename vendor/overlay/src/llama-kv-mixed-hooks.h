@@ -13,6 +13,9 @@ struct llama_cparams;
 struct llama_model;
 struct llm_graph_context;
 
+// loads backends that are plug-ins where the program has loaded none
+void llama_kv_mixed_load_backends();
+
 // throws when a mixed cache is requested for a model whose memory can not be one
 void llama_kv_mixed_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
 
