@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llamamix import Context, Model, ServerError
+from llamamix import Context, Model, SamplingParams, ServerError
 from llamamix.server import Server, find_server
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the playwright package is not installed")
@@ -47,9 +47,9 @@ def test_a_message_gets_an_answer(smollm2_path: Path) -> None:
             box.fill(MESSAGE)
             box.press("Enter")
             with Model(smollm2_path) as model, Context(model, n_ctx=2048, kv_mixed=False) as context:
-                answer = "".join(context.chat([{"role": "user", "content": MESSAGE}], max_tokens=N_PREDICT))
-            words = answer.split()[0]
-            page.get_by_text(words).first.wait_for(timeout=120_000)
+                messages, greedy = [{"role": "user", "content": MESSAGE}], SamplingParams(temperature=0.0)
+                answer = "".join(context.chat(messages, max_tokens=N_PREDICT, sampling=greedy)).strip()
+            page.get_by_text(answer).first.wait_for(timeout=120_000)
             assert MESSAGE in page.inner_text("body")
             browser.close()
         assert errors == []

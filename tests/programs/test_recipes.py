@@ -12,7 +12,7 @@ import pytest
 from helpers.paths import DOCS
 from helpers.processes import environment, library_dir
 
-from llamamix import Context, KVMixedParams, Model, ServerError
+from llamamix import Context, KVMixedParams, Model, SamplingParams, ServerError
 from llamamix.server import Server
 
 RECIPES = dict(re.findall(r"```python\n# recipe: (\w+)\n(.*?)```", (DOCS / "recipes.md").read_text(encoding="utf-8"), re.S))
@@ -35,7 +35,7 @@ def needs(module: str) -> None:
 def answer(smollm2_path: Path) -> str:
     """What the model says with our own bindings."""
     with Model(smollm2_path) as model, Context(model, n_ctx=4096) as context:
-        return "".join(context.chat(COLOUR, max_tokens=16)).strip()
+        return "".join(context.chat(COLOUR, max_tokens=16, sampling=SamplingParams(temperature=0.0))).strip()
 
 
 def drop_in(model: Path) -> dict[str, str]:
