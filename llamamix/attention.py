@@ -23,7 +23,10 @@ from .formats import FORMATS
 from .params import N_THREADS_MAX, PAGE, check_float, check_int
 
 Rows = tuple[np.ndarray, np.ndarray]
-Type = str | tuple[str, str]  # of K and V, or one of both
+"""Rows of K and of V."""
+
+Type = str | tuple[str, str]
+"""Name of a ggml type, or of one for K and one for V."""
 
 
 def isas() -> tuple[str, ...]:

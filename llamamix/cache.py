@@ -269,6 +269,7 @@ class MixedKVCache(KVCache):
     Attributes:
         hot (Tier): The newest tokens.
         cold (Tier): The older ones.
+        n_stream (int): 1 when all sequences share all cells, else one per sequence.
 
     Raises:
         ParamsError: For what can not be made, with the reason.
@@ -399,6 +400,7 @@ class UnifiedKVCache(KVCache):
 
     Attributes:
         tier (Tier): Its tokens.
+        n_stream (int): 1 when all sequences share all cells, else one per sequence.
 
     Raises:
         ParamsError: For what can not be made, with the reason.

@@ -231,7 +231,7 @@ class Model:
 
     @property
     def desc(self) -> str:
-        """Architecture, size and type, e.g. ``"llama 135M Q4_1"``."""
+        """Architecture, size and type, e.g. ``"llama 256M Q4_1"``."""
         handle = self.handle()
         return _read_string(lib.llama_model_desc, handle.pointer)
 

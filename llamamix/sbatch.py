@@ -37,6 +37,8 @@ class UBatch:
         seq_id: The sequence ids of each token, ascending, n_tokens tuples.
         output: 1 where logits are wanted, int8 [n_tokens].
         source: What it is a part of.
+        n_reset: How often that had been reset.
+        index: Which of its ubatches it is.
     """
 
     n_tokens: int

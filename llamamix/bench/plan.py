@@ -51,6 +51,7 @@ class Plan:
     """Every configuration runs every test.
 
     Args:
+        configurations: The caches; the first is the baseline.
         n_prompt: Tokens of a prompt, a test each; 0: none.
         n_gen: Tokens one by one, a test each; 0: none.
         n_depth: Tokens in the cache before the tests.

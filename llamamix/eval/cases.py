@@ -39,10 +39,15 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The configuration's name."""
         return self.configuration.name
 
     def settings(self, n_ubatch: int) -> dict[str, Any]:
-        """What decides what it computes, whatever it is called; n_ubatch is the plan's."""
+        """What decides what it computes, whatever it is called.
+
+        Args:
+            n_ubatch: The plan's.
+        """
         c = self.configuration
         return {
             "type_k": c.type_k,
