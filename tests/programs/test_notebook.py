@@ -26,6 +26,10 @@ def kinds(notebook: Any) -> list[str]:
             for output in outputs if "data" in output]  # fmt: skip
 
 
+def test_every_notebook_is_run() -> None:
+    assert list(NOTEBOOK.parent.glob("*.ipynb")) == [NOTEBOOK]
+
+
 def test_notebook(smollm2_path: Path, botchan_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
