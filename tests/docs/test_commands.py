@@ -23,6 +23,8 @@ def shown(page: Path) -> list[tuple[list[str], str]]:
         for line, output in commands(fence):
             for part in re.split(r" && | \| ", line):
                 words = shlex.split(part, comments=True)
+                while words and re.match(r"[A-Z_]+=", words[0]):
+                    del words[0]
                 if words[:1] == ["llamamix"]:
                     found.append((words[1:], output))
     return found
