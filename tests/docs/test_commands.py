@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def shown(page: Path) -> list[tuple[list[str], str]]:
-    """The arguments of every ``llamamix`` that is run on a page, and what it prints, nothing where that is not shown."""
+    """The arguments of every ``llamamix`` that a page runs, and what it prints, nothing where that is not shown."""
     found = []
     for fence in fences(page):
         for line, output in commands(fence):
