@@ -81,6 +81,9 @@ if TYPE_CHECKING:
     from .trace import Trace as Trace
     from .trace import TraceError as TraceError
 
+    __version__: str
+    """Version of the package, as its metadata say; ``"0+unknown"`` in a checkout that is not installed."""
+
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":

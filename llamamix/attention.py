@@ -2,15 +2,7 @@
 
     out = attention(q, cold=(k4, v4), hot=(k16, v16), types=("q4_0", "f16"))
 
-Arrays have numpy's order of dimensions, the contiguous one last; all others may have any stride:
-
-q       float32 [n_stream, n_tokens, n_head, n_embd_k]
-k, v    [n_stream, n_kv, n_head_kv, n_embd]: float32 for f32, float16 for f16, the bits as uint16 for bf16; the rows of
-        quantised types are their bytes, uint8, with row_size(type, n_embd) in place of n_embd (see llamamix.ggml)
-means   float16 [n_stream, n_page, n_head_kv, n_embd_k]: what is added to the cold rows of K, page by page of 128 cells; None:
-        nothing is. In the basis of the rows, where these are rotated
-mask    float32 or float16 [n_stream, n_tokens, n_kv], cold cells before hot ones; None: every token sees every cell
-sinks   float32 [n_head], None: none
+What arrays look like is written at attention().
 """
 
 from __future__ import annotations
@@ -31,7 +23,10 @@ from .formats import FORMATS
 from .params import N_THREADS_MAX, PAGE, check_float, check_int
 
 Rows = tuple[np.ndarray, np.ndarray]
-Type = str | tuple[str, str]  # of K and V, or one of both
+"""Rows of K and of V."""
+
+Type = str | tuple[str, str]
+"""Name of a ggml type, or of one for K and one for V."""
 
 
 def isas() -> tuple[str, ...]:
@@ -55,18 +50,37 @@ def attention(
     n_threads: int = 1,
     isa: str | None = None,
 ) -> np.ndarray:
-    """softmax(scale Q K^T + mask) V over cold and hot rows: float32 [n_stream, n_tokens, n_head, n_embd_v].
+    """softmax(scale Q K^T + mask) V over cold and hot rows, by the library's own kernel.
 
-    types          ggml types of the cold and of the hot rows, each one name or one for K and one for V
-    scale          None: 1 / sqrt(n_embd_k)
-    logit_softcap  scores are capped to softcap * tanh(score / softcap), 0: they are not
-    max_bias       ALiBi: heads multiply the mask by slopes up to 2**-(max_bias / n_head), 0: by 1
-    n_rot          cold rows of K and of V are rotated by the orthonormal Walsh-Hadamard matrix, in blocks of so many
-                   values: a power of 2 from 16 that divides the head; 0: they are not. The result is that of rows
-                   rotated back
-    isa            one of isas(), None: the best
+    Arrays have the contiguous dimension last; all others may have any stride.
 
-    Raises ParamsError.
+    Args:
+        q: Queries, float32 of shape [n_stream, n_tokens, n_head, n_embd_k].
+        cold: Rows of K and of V, each of shape [n_stream, n_kv, n_head_kv, n_embd]: float32 for f32, float16 for f16,
+            the bits as uint16 for bf16. The rows of quantised types are their bytes, uint8, with ``row_size(type,
+            n_embd)`` in place of n_embd. None: there are no cold rows.
+        hot: The same of hot rows. Not both can be None.
+        types: ggml types of the cold and of the hot rows, each one name or one for K and one for V.
+        mask: float32 or float16 of shape [n_stream, n_tokens, n_kv], cold cells before hot ones; None: every token sees
+            every cell.
+        sinks: float32 of shape [n_head]: a logit of every head that only adds to the softmax's denominator; None: none.
+        scale: Multiplies the scores; None: 1 / sqrt(n_embd_k).
+        logit_softcap: Scores are capped to softcap * tanh(score / softcap); 0: they are not.
+        max_bias: ALiBi: heads multiply the mask by slopes up to 2**-(max_bias / n_head) ([Press et al.
+            2021](https://arxiv.org/abs/2108.12409)); 0: by 1.
+        n_rot: Cold rows of K and of V are rotated by the orthonormal Walsh-Hadamard matrix, in blocks of so many
+            values: a power of 2 from 16 that divides the head; 0: they are not. The result is that of rows rotated
+            back.
+        means: float16 of shape [n_stream, n_page, n_head_kv, n_embd_k]: what is added to the cold rows of K, page by
+            page of 128 cells, in the basis of the rows; None: nothing is.
+        n_threads: Threads, 1 to 512.
+        isa: One of isas(); None: the best.
+
+    Returns:
+        float32 of shape [n_stream, n_tokens, n_head, n_embd_v].
+
+    Raises:
+        ParamsError: For arguments that can not be used or do not fit together.
     """
     return Attention(
         q, cold, hot, types=types, mask=mask, sinks=sinks, scale=scale, logit_softcap=logit_softcap, max_bias=max_bias,
@@ -75,7 +89,31 @@ def attention(
 
 
 class Attention:
-    """The arguments of attention(), checked once, to compute with again and again. Arrays are used where they are."""
+    """The arguments of attention(), checked once, to compute with again and again. Arrays are used where they are.
+
+    Args:
+        q: Queries, float32 of shape [n_stream, n_tokens, n_head, n_embd_k].
+        cold: Rows of K and of V, each of shape [n_stream, n_kv, n_head_kv, n_embd]: float32 for f32, float16 for f16,
+            the bits as uint16 for bf16. The rows of quantised types are their bytes, uint8, with ``row_size(type,
+            n_embd)`` in place of n_embd. None: there are no cold rows.
+        hot: The same of hot rows. Not both can be None.
+        types: ggml types of the cold and of the hot rows, each one name or one for K and one for V.
+        mask: float32 or float16 of shape [n_stream, n_tokens, n_kv], cold cells before hot ones; None: every token sees
+            every cell.
+        sinks: float32 of shape [n_head]: a logit of every head that only adds to the softmax's denominator; None: none.
+        scale: Multiplies the scores; None: 1 / sqrt(n_embd_k).
+        logit_softcap: Scores are capped to softcap * tanh(score / softcap); 0: they are not.
+        max_bias: ALiBi: heads multiply the mask by slopes up to 2**-(max_bias / n_head) ([Press et al.
+            2021](https://arxiv.org/abs/2108.12409)); 0: by 1.
+        n_rot: Cold rows of K and of V are rotated by the orthonormal Walsh-Hadamard matrix, in blocks of so many
+            values: a power of 2 from 16 that divides the head; 0: they are not. The result is that of rows rotated
+            back.
+        means: float16 of shape [n_stream, n_page, n_head_kv, n_embd_k]: what is added to the cold rows of K, page by
+            page of 128 cells, in the basis of the rows; None: nothing is.
+
+    Raises:
+        ParamsError: For arguments that can not be used or do not fit together.
+    """
 
     def __init__(
         self,
@@ -160,7 +198,18 @@ class Attention:
         args.dst = _pointer(self._out, "float *")
 
     def compute(self, n_threads: int = 1, isa: str | None = None) -> np.ndarray:
-        """The result, in an array that the next call overwrites."""
+        """Compute.
+
+        Args:
+            n_threads: Threads, 1 to 512.
+            isa: One of isas(); None: the best.
+
+        Returns:
+            float32 of shape [n_stream, n_tokens, n_head, n_embd_v], an array that the next call overwrites.
+
+        Raises:
+            ParamsError: For an argument that can not be used.
+        """
         check_int(n_threads, "n_threads", 1, N_THREADS_MAX)
         if isa is not None and isa not in isas():
             raise ParamsError(f"isa must be one of {', '.join(isas())} or None, not {isa!r}.")
@@ -170,10 +219,28 @@ class Attention:
 
 
 class FlashAttnExt:
-    """ggml_flash_attn_ext() over rows of one type, with arguments as attention() has them; a context manager.
+    """ggml_flash_attn_ext() over rows of one type, to compare with; a context manager.
 
-    ggml keeps the rows: ``k`` and ``v`` are views of its memory, valid until close(). The mask must be float16, and
-    there must be one with ``max_bias``.
+    ggml keeps the rows: ``k`` and ``v`` are views of its memory, valid until close().
+
+    Args:
+        q: Like that of attention().
+        k: Rows of K, like those of attention().
+        v: Rows of V.
+        types: ggml type of the rows, one name or one for K and one for V.
+        mask: float16; it must be there with ``max_bias``.
+        sinks: Like those of attention().
+        scale: Like that of attention().
+        logit_softcap: Like that of attention().
+        max_bias: Like that of attention().
+        n_threads: Threads, 1 to 512.
+
+    Attributes:
+        k (np.ndarray): Rows of K.
+        v (np.ndarray): Rows of V.
+
+    Raises:
+        ParamsError: For arguments that can not be used or do not fit together.
     """
 
     def __init__(
@@ -248,7 +315,15 @@ class FlashAttnExt:
             self._stack = stack.pop_all()
 
     def compute(self) -> np.ndarray:
-        """The result, in memory that the next call overwrites and close() frees."""
+        """Compute.
+
+        Returns:
+            float32 of shape [n_stream, n_tokens, n_head, n_embd_v], in memory that the next call overwrites and close()
+                frees.
+
+        Raises:
+            LlamamixError: When ggml can not compute it.
+        """
         check_process(self._pid, "graph", LlamamixError)
         note_threads(self._n_threads)
         status = lib.ggml_backend_graph_compute(self._backend, self._graph)

@@ -19,7 +19,9 @@ _TOKEN_MAX = 2**31 - 1
 
 
 class Batch:
-    """Tokens with their positions and sequences, in the order in which they were added."""
+    """Tokens with their positions and sequences, in the order in which they were added, for an
+    [SBatch][llamamix.SBatch].
+    """
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
@@ -30,12 +32,14 @@ class Batch:
     def add(self, token: int, pos: int, seq_ids: int | Iterable[int], logits: bool = False) -> None:
         """Add a token.
 
-        token    its id
-        pos      its position in its sequences
-        seq_ids  a sequence id, or those of the sequences that share the token
-        logits   whether its logits are wanted
+        Args:
+            token: Its id.
+            pos: Its position in its sequences.
+            seq_ids: A sequence id, or those of the sequences that share the token.
+            logits: Whether its logits are wanted.
 
-        Raises ParamsError, and nothing is added then.
+        Raises:
+            ParamsError: For an argument that can not be used; nothing is added then.
         """
         ids = list(seq_ids) if isinstance(seq_ids, Iterable) else [seq_ids]
         ids = [check_int(seq_id, "seq_ids", 0, N_SEQ_MAX - 1) for seq_id in ids]

@@ -72,11 +72,12 @@ class KVCache(Sequences):
     """What MixedKVCache and UnifiedKVCache have in common.
 
     Tokens are added in two steps: find_slot() looks for places and commit() puts the tokens there. Ranges of positions
-    are [p0, p1), a p1 of -1 means to the end. One thread uses a cache at a time, others wait. close() (or the end of a
-    ``with`` block) frees it. After that everything raises CacheError.
+    are [p0, p1), a ``p1`` of -1 means to the end. One thread uses a cache at a time, others wait. close() (or the end
+    of a ``with`` block) frees it. After that everything raises CacheError.
 
-    n_seq_max  sequences; their ids are 0 to n_seq_max - 1
-    n_stream   1 when they share all cells (unified), else one per sequence
+    Attributes:
+        n_seq_max (int): Sequences; their ids are 0 to ``n_seq_max - 1``.
+        n_stream (int): 1 when they share all cells (unified), else one per sequence.
     """
 
     _error = CacheError
@@ -93,9 +94,15 @@ class KVCache(Sequences):
     def from_model(cls, model: Model, *args: Any, **options: Any) -> Self:
         """A cache of its own that has the layers, the heads and the head sizes of a model.
 
-        The rest is as for the constructor. Rows are not rotated, whatever the types.
+        Rows are not rotated, whatever the types.
 
-        Raises ParamsError for a model whose layers are not alike, or have no KV cache.
+        Args:
+            model: The model.
+            *args: As for the constructor.
+            **options: As for the constructor, but for the shape.
+
+        Raises:
+            ParamsError: For a model whose layers are not alike, or have no KV cache, and like the constructor.
         """
         arch = model.metadata.get("general.architecture", "")
         # the file has a list in place of a number when layers differ
@@ -126,6 +133,7 @@ class KVCache(Sequences):
 
     @contextlib.contextmanager
     def use_memory(self) -> Iterator[Any]:
+        """The ``llama_memory_t``, while no other thread has it."""
         with self.use() as (_, memory):
             yield memory
 
@@ -136,10 +144,16 @@ class KVCache(Sequences):
     def find_slot(self, ubatch: UBatch) -> tuple[int, ...]:
         """Look for places for the tokens of a ubatch, and remember them for commit().
 
-        Returns a cell for each token; () when there are not enough, and nothing has changed then. No token is added and
-        no position changes, but a mixed cache may move tokens from hot to cold to make room.
+        No token is added and no position changes, but a mixed cache may move tokens from hot to cold to make room.
 
-        Raises ParamsError for a ubatch that this cache can not take.
+        Args:
+            ubatch: What an SBatch was split into.
+
+        Returns:
+            A cell (of hot) for each token; ``()`` when there are not enough, and nothing has changed then.
+
+        Raises:
+            ParamsError: For a ubatch that this cache can not take.
         """
         for ids in ubatch.seq_id:
             if ids[-1] >= self.n_seq_max:
@@ -157,16 +171,21 @@ class KVCache(Sequences):
         """Add the tokens that find_slot() found places for.
 
         A mixed cache then moves older tokens to cold when hot use has passed the threshold. Rows are written
-        afterwards, with set_k() and set_v().
+        afterwards, with [set_k()][llamamix.Tier.set_k] and [set_v()][llamamix.Tier.set_v].
 
-        Raises CacheError when there is nothing to commit, or the places have been taken since.
+        Raises:
+            CacheError: When there is nothing to commit, or the places have been taken since.
         """
         with self._handle as cache:
             checked(lib.llama_kv_mixed_cache_commit(cache))
             self.note_loaded(None)  # the positions were anybody's choice
 
     def rollback(self) -> None:
-        """Forget what find_slot() found. Raises CacheError when that is nothing."""
+        """Forget what find_slot() found.
+
+        Raises:
+            CacheError: When that is nothing.
+        """
         with self._handle as cache:
             checked(lib.llama_kv_mixed_cache_rollback(cache))
 
@@ -175,7 +194,15 @@ class KVCache(Sequences):
     #
 
     def state_save(self, seq_id: int | None = None) -> bytes:
-        """The tokens and rows as bytes, of one sequence or of all (None), in the library's own format."""
+        """The tokens and rows as bytes, in the library's own format, which belongs to its version.
+
+        Args:
+            seq_id: One sequence; None: all.
+
+        Raises:
+            ParamsError: For a sequence that there is not.
+            CacheError: When it can not be saved.
+        """
         seq_id = -1 if seq_id is None else self._seq(seq_id, "seq_id")
         with self._handle as cache:
             state = bytearray(checked(lib.llama_kv_mixed_cache_state_get(cache, seq_id, ffi.NULL, 0)))
@@ -184,12 +211,18 @@ class KVCache(Sequences):
         return bytes(state)
 
     def state_load(self, state: bytes, seq_id: int | None = None) -> None:
-        """Bring back what state_save() gave, into one sequence or all of the cache (None), replacing what it holds.
+        """Bring back what state_save() gave, in place of what the cache holds.
 
         For one sequence a mixed cache may have to move tokens of others to cold.
 
-        Raises CacheError for a state that this cache can not hold or that is damaged, before anything changes; where
-        its rows are damaged or missing, what it was to replace is gone, and nothing of it is there.
+        Args:
+            state: The bytes.
+            seq_id: The sequence that takes the state of one sequence; None: the state is that of all.
+
+        Raises:
+            ParamsError: For what are no bytes, and for a sequence that there is not.
+            CacheError: For a state that this cache can not hold or that is damaged. A mixed cache is as it was then, a
+                plain one may have lost what was to be replaced.
         """
         seq_id = -1 if seq_id is None else self._seq(seq_id, "seq_id")
         try:
@@ -216,20 +249,30 @@ class KVCache(Sequences):
 class MixedKVCache(KVCache):
     """A cache whose newest tokens are hot and whose older ones are cold, of a bare shape: there are no weights.
 
-    params                    how hot and cold are made; or its fields, such as ``hot=32, cold="q4_0"``
-    n_layer                   layers
-    n_head_kv                 K/V heads of a layer
-    head_size_k, head_size_v  elements of a head, head_size_v=None: as many as head_size_k
-    n_ctx                     tokens that a stream must be able to hold, 0: as many as hot and cold_size are
-    n_seq_max                 sequences
-    n_pad                     hot and cold_size must be multiples of this
-    unified                   True: one stream for all sequences, False: one for each
-    type_k, type_v            ggml types of hot rows: f16, bf16 or f32
+    See [the cache, in words](../cache.md).
 
-    hot   the Tier of the newest tokens
-    cold  the Tier of the older ones
+    Args:
+        params: How hot and cold are made; None: by ``options``.
+        n_layer: Layers, 1 to 512.
+        n_head_kv: K/V heads of a layer.
+        head_size_k: Elements of a K head.
+        head_size_v: Elements of a V head; None: as many as ``head_size_k``.
+        n_ctx: Tokens that a stream must be able to hold; 0: as many as ``hot`` and ``cold_size`` are.
+        n_seq_max: Sequences, 1 to 256.
+        n_pad: ``hot`` and ``cold_size`` must be multiples of this.
+        unified: True: one stream for all sequences; False: one for each.
+        type_k: ggml type of hot rows of K: "f16", "bf16" or "f32".
+        type_v: The same of V.
+        **options: Fields of [KVMixedParams][llamamix.KVMixedParams], such as ``hot=32, cold="q4_0"``, in place of
+            ``params``.
 
-    Raises ParamsError for what can not be made, with the reason.
+    Attributes:
+        hot (Tier): The newest tokens.
+        cold (Tier): The older ones.
+        n_stream (int): 1 when all sequences share all cells, else one per sequence.
+
+    Raises:
+        ParamsError: For what can not be made, with the reason.
     """
 
     hot: Tier
@@ -267,7 +310,12 @@ class MixedKVCache(KVCache):
         rows are rotated by a Hadamard matrix (K in blocks of the largest power of 2 that divides the head, V in blocks
         of 64). Tokens that are committed by hand have no rows until these are written.
 
-        Raises ParamsError when the context's cache is a plain one.
+        Args:
+            context: A context whose cache is a mixed one.
+
+        Raises:
+            ParamsError: When the context's cache is a plain one.
+            CacheError: When the rows of its layers are of different size.
         """
         with context._handle as c_context:
             pointer = lib.llama_kv_mixed_cache_from_context(c_context)
@@ -300,9 +348,18 @@ class MixedKVCache(KVCache):
         return f"<MixedKVCache hot {self.hot!r} cold {self.cold!r}{' (closed)' if self._handle.closed else ''}>"
 
     def move_tokens_to_cold_cache(self, n: int, stream: int = 0) -> int:
-        """Move the n oldest tokens of a stream that are not pinned.
+        """Move the oldest tokens of a stream that are not pinned.
 
-        Returns how many were moved: fewer when cold is full, or there are no more.
+        Args:
+            n: How many.
+            stream: The stream.
+
+        Returns:
+            How many were moved: fewer when cold is full, or there are no more.
+
+        Raises:
+            ParamsError: For an argument out of bounds.
+            CacheError: When they can not be copied; nothing has changed then.
         """
         check_int(n, "n", 0, _CELLS_MAX)
         check_int(stream, "stream", 0, self.n_stream - 1)
@@ -329,18 +386,24 @@ class MixedKVCache(KVCache):
 class UnifiedKVCache(KVCache):
     """A plain cache of libllama, of a bare shape and of one type for all tokens.
 
-    kv_size                   cells of a stream
-    n_layer                   layers
-    n_head_kv                 K/V heads of a layer
-    head_size_k, head_size_v  elements of a head, head_size_v=None: as many as head_size_k
-    n_seq_max                 sequences
-    n_pad                     kv_size must be a multiple of this
-    unified                   True: one stream for all sequences, False: one for each
-    type_k, type_v            ggml types
+    Args:
+        kv_size: Cells of a stream.
+        n_layer: Layers, 1 to 512.
+        n_head_kv: K/V heads of a layer.
+        head_size_k: Elements of a K head.
+        head_size_v: Elements of a V head; None: as many as ``head_size_k``.
+        n_seq_max: Sequences, 1 to 256.
+        n_pad: ``kv_size`` must be a multiple of this.
+        unified: True: one stream for all sequences; False: one for each.
+        type_k: ggml type of rows of K, see [FORMATS][llamamix.formats.FORMATS].
+        type_v: The same of V.
 
-    tier  the Tier of its tokens
+    Attributes:
+        tier (Tier): Its tokens.
+        n_stream (int): 1 when all sequences share all cells, else one per sequence.
 
-    Raises ParamsError for what can not be made, with the reason.
+    Raises:
+        ParamsError: For what can not be made, with the reason.
     """
 
     tier: Tier

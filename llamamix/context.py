@@ -25,33 +25,52 @@ if TYPE_CHECKING:
 
 
 class Context(Decoder):
-    """A KV cache of a model and what is computed with it.
+    """A KV cache of a model, mixed by default, and what is computed with it.
 
-    n_ctx            cells of the KV cache (one for a token), rounded up to a multiple of 256; 0: the context the model
-                     was trained with
-    n_batch          the most tokens that one call of llama_decode() gets (longer input is split)
-    n_ubatch         the most tokens that one graph computes, None: 512, or n_batch where all of a batch must be in one
-                     (pooled embeddings, models without a causal mask)
-    n_seq_max        sequences; their ids are 0 to n_seq_max - 1
-    n_threads        threads for single tokens, None: as many as this process may use
-    n_threads_batch  threads for batches, None: n_threads
-    flash_attn       auto, on or off
-    type_k, type_v   ggml types of the cache's rows (of the hot rows when it is a mixed one)
-    kv_unified       one buffer shared by all sequences; False: n_ctx is divided between them
-    offload_kqv      keep the KV cache and its operations on the GPU
-    op_offload       compute large operations on weights in host memory on the GPU
-    swa_full         full-size cache for layers with sliding windows
-    embeddings       keep the embeddings of all tokens
-    pooling          unspecified (from the model), none, mean, cls, last or rank
-    rope_freq_base   0: from the model
-    rope_freq_scale  0: from the model
-    kv_mixed         the mixed KV cache: True for its defaults (with embeddings: a plain one), KVMixedParams, a text
-                     such as "hot=256,cold=q8_0", or False for a plain one. LLAMA_KV_MIXED has no say here.
+    One thread uses a context at a time, others wait. close() (or the end of a ``with`` block) frees it; after that
+    everything raises ContextError.
 
-    ``params`` has what was given as ContextParams. One thread uses a context at a time, others wait. close() (or the
-    end of a ``with`` block) frees it.
+    Args:
+        model: The model, which must not be closed.
+        n_ctx: Cells of the KV cache, one for a token, rounded up to a multiple of 256; 0: the context that the model
+            was trained with.
+        n_batch: The most tokens that one call of llama_decode() gets; longer input is split.
+        n_ubatch: The most tokens that one graph computes; None: 512, or ``n_batch`` where all of a batch must be in one
+            (pooled embeddings, models without a causal mask).
+        n_seq_max: Sequences, 1 to 256; their ids are 0 to ``n_seq_max - 1``.
+        n_threads: Threads for single tokens; None: as many as this process may use.
+        n_threads_batch: Threads for batches; None: ``n_threads``.
+        flash_attn: "on", "off", or "auto": where it is possible.
+        type_k: ggml type of the cache's rows of K, see [FORMATS][llamamix.formats.FORMATS]. In a mixed cache that of
+            the hot rows: "f16", "bf16" or "f32".
+        type_v: The same of V. A quantised one needs flash attention.
+        kv_unified: True: one buffer that all sequences share; False: ``n_ctx`` is divided between them.
+        offload_kqv: Keep the KV cache, and the operations on it, on the GPU.
+        op_offload: Compute large operations on weights in the host's memory on the GPU.
+        swa_full: A cache of full size for layers with sliding windows; False: as many cells as the windows need.
+        embeddings: Keep the embeddings of all tokens.
+        pooling: How the embeddings of a sequence become one: "none", "mean", "cls" (the first token's), "last", "rank"
+            (a score), or "unspecified": as the model says.
+        rope_freq_base: Base of RoPE's frequencies; 0: the model's.
+        rope_freq_scale: Scale of RoPE's frequencies; 0: the model's.
+        kv_mixed: The mixed KV cache: True for its defaults (with embeddings: a plain one), KVMixedParams, a text such
+            as ``"hot=256,cold=q8_0"`` or ``"quality"``, or False for a plain one. LLAMA_KV_MIXED has no say here.
 
-    Raises ContextError when it can not be created, ParamsError for a parameter that can not be used.
+    Attributes:
+        params (ContextParams): What was given.
+        model (Model): The model.
+        memory (Memory): Operations on the sequences in the KV cache.
+        n_ctx (int): Cells, of all sequences together.
+        n_ctx_seq (int): The most tokens that one sequence can have.
+        n_batch (int): The most tokens in one call of llama_decode().
+        n_ubatch (int): The most tokens in one graph.
+        n_seq_max (int): Sequences.
+        n_kept (int): Tokens that the last chat() found in the KV cache; it computed the others.
+
+    Raises:
+        ContextError: When it can not be created: there is no memory, or a mixed KV cache is not possible for this
+            model.
+        ParamsError: For a parameter that can not be used.
     """
 
     def __init__(
@@ -101,7 +120,16 @@ class Context(Decoder):
 
     @classmethod
     def from_params(cls, model: Model, params: ContextParams) -> Self:
-        """A context as ContextParams say. Raises what the constructor raises."""
+        """A context as ContextParams say.
+
+        Args:
+            model: The model.
+            params: The constructor's keywords.
+
+        Raises:
+            ContextError: Like the constructor.
+            ParamsError: Like the constructor.
+        """
         return cls(model, **options_of(params))
 
     def __enter__(self) -> Self:
@@ -139,16 +167,27 @@ class Context(Decoder):
     ) -> Generation[str]:
         """Go on after a prompt, and yield the text piece by piece.
 
-        prompt      a text, or token ids; it is added to what the sequence holds
-        max_tokens  the most tokens to generate; a token that ends generation ends it before
-        sampling    None: SamplingParams(); a Sampler goes on from where it is, and stays open
-        stop        texts that end the generation; they are not yielded
-        seq_id      the sequence
+        The Generation is an iterator for ``for`` and ``async for``, can be cancelled, and tells why it ended. Nothing
+        is computed before its first step. Whenever a piece is yielded the sequence holds the prompt and every token
+        generated so far.
 
-        The Generation is an iterator for ``for`` and ``async for``, can be cancelled, and tells why it ended. Whenever
-        a piece is yielded the sequence holds the prompt and every token generated so far. Raises ContextFullError when
-        the context is full, after all text was yielded, and what decode() raises; ParamsError for arguments that can
-        not be used, before anything changes.
+        Args:
+            prompt: A text, or token ids, a list or an integer array of shape [n]; it is added to what the sequence
+                holds.
+            max_tokens: The most tokens to generate, 1 or more; a token that ends generation ends it before.
+            sampling: How tokens are drawn; None: ``SamplingParams()``. A Sampler goes on from where it is, and stays
+                open.
+            stop: A text or several that end the generation; they are not yielded.
+            seq_id: The sequence.
+
+        Returns:
+            An iterator over pieces of text, each of one or more whole characters.
+
+        Raises:
+            ParamsError: For arguments that can not be used, before anything changes.
+            ContextFullError: While it is iterated: when the context is full, after all text was yielded, or when the
+                prompt does not fit.
+            ContextError: While it is iterated: what decode() and Sampler.sample() raise.
         """
         tokens = self._prompt_tokens(prompt, seq_id)
         source, stream = self._source(tokens, False, max_tokens, sampling, seq_id), TextStream(stop)
@@ -166,10 +205,26 @@ class Context(Decoder):
     ) -> Generation[GeneratedToken]:
         """Go on after a prompt, and yield the tokens: id, bytes, text, logprob and the most likely ones.
 
-        top  how many of the most likely tokens come with each
-
         The token that completes a stop text is the last one, with its whole text; one that ends generation is not
         yielded. Otherwise like generate().
+
+        Args:
+            prompt: A text, or token ids, a list or an integer array of shape [n]; it is added to what the sequence
+                holds.
+            max_tokens: The most tokens to generate, 1 or more.
+            sampling: How tokens are drawn; None: ``SamplingParams()``. A Sampler goes on from where it is, and stays
+                open.
+            stop: A text or several that end the generation.
+            seq_id: The sequence.
+            top: How many of the most likely tokens come with each.
+
+        Returns:
+            An iterator over tokens.
+
+        Raises:
+            ParamsError: For arguments that can not be used, before anything changes.
+            ContextFullError: While it is iterated, like generate().
+            ContextError: While it is iterated, like generate().
         """
         check_int(top, "top", 0, self._n_vocab)
         tokens = self._prompt_tokens(prompt, seq_id)
@@ -190,15 +245,31 @@ class Context(Decoder):
     ) -> Generation[str]:
         """The assistant's answer to messages, piece by piece.
 
-        messages   the whole conversation, as Model.apply_chat_template() takes it, like the last three
-        tools      what the assistant may call; how it does is up to the model
-        variables  what else the template is to know, such as ``{"enable_thinking": False}``
-        template   None: the model's own
-
         What the sequence holds of the conversation already is not computed again (``n_kept`` tells how many tokens that
         is), everything else is removed from it. A cache that can not go back to where the two part, for its recurrent
         layers or its small cache of sliding windows, is emptied, with a warning in the log; one that need not go back
-        is kept. Otherwise like generate(), and raises what Model.apply_chat_template() raises.
+        is kept. Otherwise like generate().
+
+        Args:
+            messages: The whole conversation, as [Model.apply_chat_template][llamamix.Model.apply_chat_template] takes
+                it.
+            max_tokens: The most tokens to generate, 1 or more.
+            sampling: How tokens are drawn; None: ``SamplingParams()``. A Sampler goes on from where it is, and stays
+                open.
+            stop: A text or several that end the generation; they are not yielded.
+            seq_id: The sequence.
+            tools: What the assistant may call, in OpenAI's form; how it does is up to the model.
+            variables: What else the template is to know, such as ``{"enable_thinking": False}``.
+            template: A Jinja template, or the name of one that llama.cpp knows; None: the model's own.
+
+        Returns:
+            An iterator over pieces of text.
+
+        Raises:
+            ModelError: When the model has no chat template, or one that can not be used.
+            ParamsError: For messages that can not be used or that the template refuses, and for other arguments.
+            ContextFullError: While it is iterated, like generate(); a conversation that is too long removes nothing.
+            ContextError: While it is iterated, like generate().
         """
         text = self.model.apply_chat_template(messages, template=template, tools=tools, variables=variables)
         tokens = as_tokens(self.model.tokenize(text, parse_special=True), self._n_vocab)
@@ -235,7 +306,7 @@ class Context(Decoder):
 
     @property
     def kv_mixed(self) -> KVMixedParams | None:
-        """The mixed KV cache's parameters in force, None: the cache is a plain one."""
+        """The mixed KV cache's parameters in force; None: the cache is a plain one."""
         c_params = sized("struct llama_kv_mixed_params *")
         with self._handle as ctx:
             code = lib.llama_kv_mixed_get_params(lib.llama_get_memory(ctx), c_params)
@@ -243,7 +314,7 @@ class Context(Decoder):
 
     @property
     def stats(self) -> CacheStats | None:
-        """What the mixed KV cache holds and has done, None: the cache is a plain one."""
+        """What the mixed KV cache holds and has done, as of now; None: the cache is a plain one."""
         with self._handle as ctx:
             return self._read_stats(ctx)
 
@@ -254,29 +325,49 @@ class Context(Decoder):
 
     @property
     def perf(self) -> PerfData:
-        """Tokens and times since the context was made, or since perf_reset()."""
+        """Tokens computed and the time that took, since the context was made or perf_reset() was called."""
         with self._handle as ctx:
             lib.llama_synchronize(ctx)
             return PerfData.from_c(lib.llama_perf_context(ctx))
 
     def perf_reset(self) -> None:
-        """Start counting anew."""
+        """Start counting ``perf`` anew."""
         with self._handle as ctx:
             lib.llama_synchronize(ctx)
             lib.llama_perf_context_reset(ctx)
 
     def state_save(self, seq_id: int | None = None) -> bytes:
-        """The KV cache's content as bytes, of one sequence or of all (None). Raises ContextError."""
+        """The KV cache's content as bytes, to be kept in memory or in a file.
+
+        Behind a header with a checksum they have libllama's format, which belongs to the version of the library.
+
+        Args:
+            seq_id: One sequence; None: all.
+
+        Returns:
+            About as many bytes as the rows of the tokens that are held.
+
+        Raises:
+            ParamsError: For a sequence that there is not.
+            ContextError: When it can not be saved, with libllama's reason.
+        """
         if seq_id is not None:
             check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
         with self._handle as ctx:
             return save_state(ctx, seq_id)
 
     def state_load(self, state: bytes, seq_id: int | None = None) -> None:
-        """Bring back what state_save() gave, in place of all that the cache holds (None) or of one sequence.
+        """Bring back what state_save() gave, in place of what the cache holds.
 
-        Raises ContextError for bytes that are no such state or are damaged, before anything changes, and for one that
-        this context can not hold; what it replaces is gone then.
+        Args:
+            state: The bytes.
+            seq_id: The sequence that takes the state of one sequence; None: the state is that of all.
+
+        Raises:
+            ParamsError: For what are no bytes, and for a sequence that there is not.
+            ContextError: For bytes that are no such state or are damaged, before anything changes; for a state that
+                this context can not hold. A mixed cache is as it was then, a plain one has lost what was to be
+                replaced.
         """
         if seq_id is not None:
             check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
@@ -291,10 +382,16 @@ class Context(Decoder):
     #
 
     def set_abort_callback(self, callback: Callable[[], bool] | None) -> None:
-        """A function that decode() asks again and again while it computes; True ends it with DecodeAborted.
+        """Set a function that decode() asks again and again while it computes.
 
-        None: no function. An exception that it raises ends the decode and comes out of it. It works for what is
-        computed on the CPU.
+        It works for what is computed on the CPU.
+
+        Args:
+            callback: True ends the decode with DecodeAborted; an exception that it raises ends the decode and comes out
+                of it. None: no function.
+
+        Raises:
+            ParamsError: For what is no function.
         """
         if callback is not None and not callable(callback):
             raise ParamsError(f"The abort callback must be a function or None, not {callback!r}.")
@@ -313,9 +410,15 @@ class Context(Decoder):
             return int(lib.llama_n_threads_batch(ctx))
 
     def set_n_threads(self, n_threads: int, n_threads_batch: int | None = None) -> None:
-        """Threads for single tokens and for batches (None: as many).
+        """Change the number of threads.
 
-        Raises ParamsError, and ContextError where several can not be used (a process that was forked).
+        Args:
+            n_threads: For single tokens, 1 to 512.
+            n_threads_batch: For batches; None: as many.
+
+        Raises:
+            ParamsError: For a number that can not be used.
+            ContextError: Where several can not be used (a process that was forked).
         """
         n_threads_batch = n_threads if n_threads_batch is None else n_threads_batch
         check_int(n_threads, "n_threads", 1, N_THREADS_MAX)

@@ -84,12 +84,19 @@ class Decoder:
     ) -> None:
         """Run tokens of one sequence through the model and add them to its KV cache.
 
-        tokens  token ids, a list or an integer array of shape [n]
-        pos     position of the first, None: after the last one in the cache
-        logits  for which tokens to keep logits: "last", "all", or n truth values
+        Input longer than ``n_batch`` is split. ``logits`` and ``embeddings`` are those of this call afterwards.
 
-        Input longer than n_batch is split. Raises ContextFullError when it does not fit; nothing has changed then.
-        Raises DecodeAborted when the abort callback said so, ParamsError for arguments that can not be used.
+        Args:
+            tokens: Token ids, a list or an integer array of shape [n], n over 0.
+            pos: Position of the first; None: after the last one in the cache.
+            seq_id: The sequence.
+            logits: For which tokens to keep logits: "last", "all", or n truth values.
+
+        Raises:
+            ContextFullError: When they do not fit; nothing has changed then.
+            DecodeAborted: When the abort callback said so; what was finished stays in the cache.
+            ContextError: When libllama can not compute them.
+            ParamsError: For arguments that can not be used; nothing has changed then.
         """
         ids = as_tokens(tokens, self._n_vocab)
         n = len(ids)
@@ -109,12 +116,17 @@ class Decoder:
     ) -> None:
         """Run tokens of several sequences through the model.
 
-        tokens   token ids, a list or an integer array of shape [n]
-        seq_ids  n entries, each a sequence id or several (a token that they share)
-        pos      n positions, None: each sequence goes on after the last one in the cache
-        logits   for which tokens to keep logits: "last" (of each sequence), "all", or n truth values
+        Args:
+            tokens: Token ids, a list or an integer array of shape [n], n over 0.
+            seq_ids: n entries, each a sequence id or several: sequences that share the token.
+            pos: n positions; None: each sequence goes on after the last one in the cache.
+            logits: For which tokens to keep logits: "last" (of each sequence), "all", or n truth values.
 
-        Raises what decode() raises.
+        Raises:
+            ContextFullError: Like decode().
+            DecodeAborted: Like decode().
+            ContextError: Like decode().
+            ParamsError: Like decode().
         """
         ids = as_tokens(tokens, self._n_vocab)
         n = len(ids)
@@ -319,7 +331,10 @@ class Decoder:
         """Logits of the last decode, float32 of shape [n_outputs, n_vocab], in the order of the tokens.
 
         They are copied from the library when they are asked for first; the array is the same until the next decode, can
-        not be written to, and stays what it is after that. Raises ContextError when there are none.
+        not be written to, and stays what it is after that.
+
+        Raises:
+            ContextError: When there are none.
         """
         return self._outputs(0, self._n_vocab, self._copy_logits)
 
@@ -327,8 +342,9 @@ class Decoder:
     def embeddings(self) -> np.ndarray:
         """Embeddings of the last decode's tokens, float32 of shape [n_outputs, n_embd_out], an array like ``logits``.
 
-        Raises ContextError when there are none, when they are pooled (see embeddings_seq), and when they were computed
-        with tokens that a mixed cache has quantised, so that they are not those of a plain cache.
+        Raises:
+            ContextError: When there are none, when they are pooled (embeddings_seq() has them then), and when they were
+                computed with tokens that a mixed cache has quantised, so that they are not those of a plain cache.
         """
         if self._pooling_type != NONE:
             raise ContextError("The embeddings are pooled; embeddings_seq() has them by sequence.")
@@ -336,10 +352,16 @@ class Decoder:
         return self._outputs(1, self._n_embd_out, self._copy_embeddings)
 
     def embeddings_seq(self, seq_id: int = 0) -> np.ndarray:
-        """The pooled embedding of a sequence in the last decode, a copy, float32 of shape [n_embd_out].
+        """The pooled embedding of a sequence in the last decode.
 
-        Scores of shape [n_cls_out] for pooling "rank". Raises ContextError when there is none, and when it was computed
-        with tokens that a mixed cache has quantised.
+        Args:
+            seq_id: The sequence.
+
+        Returns:
+            A copy, float32 of shape [n_embd_out]; with the pooling "rank" scores of shape [n_cls_out].
+
+        Raises:
+            ContextError: When there is none, and when it was computed with tokens that a mixed cache has quantised.
         """
         check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
         with self._handle as ctx:

@@ -6,7 +6,12 @@ from __future__ import annotations
 class LlamamixError(Exception):
     """Base of every error of this package.
 
-    ``code`` is the return value of the C function that failed, None where there is none.
+    Args:
+        message: A sentence.
+        code: The return value of the C function that failed; None: there is none.
+
+    Attributes:
+        code (int | None): The same.
     """
 
     def __init__(self, message: str, code: int | None = None) -> None:
@@ -19,7 +24,7 @@ class LibraryError(LlamamixError):
 
 
 class ParamsError(LlamamixError, ValueError):
-    """An argument that can not be used, named in the message."""
+    """An argument that can not be used, named in the message. It is a ValueError, too."""
 
 
 class ModelError(LlamamixError):

@@ -13,13 +13,15 @@ from ._ffi import ffi, lib, sized
 class Format:
     """A way in which rows of K or V are stored.
 
-    name        what ``cold=``, ``cold_k=`` and ``cold_v=`` call it
-    type        number of the ggml type of the tensors that hold the rows
-    n_block     values that are stored together: heads must be multiples of it
-    size_block  bytes of these
-    hot         new tokens may be stored like this as well
-    direct      on the CPU a token that is decoded meets the rows as they are stored; else they are expanded first
-    fused       on the CPU the rows of tokens that become cold are rotated and stored in one pass; else by ggml's operations
+    Attributes:
+        name: What ``cold=``, ``cold_k=`` and ``cold_v=`` call it.
+        type: Number of the ggml type of the tensors that hold the rows.
+        n_block: Values that are stored together: heads must be multiples of it.
+        size_block: Bytes of these.
+        hot: New tokens may be stored like this as well.
+        direct: On the CPU a token that is decoded meets the rows as they are stored; else they are expanded first.
+        fused: On the CPU the rows of tokens that become cold are rotated and stored in one pass; else by ggml's
+            operations.
     """
 
     name: str
@@ -31,7 +33,11 @@ class Format:
     fused: bool
 
     def row_size(self, n: int) -> int:
-        """Bytes of a row of n values, n a multiple of ``n_block``."""
+        """Bytes of a row.
+
+        Args:
+            n: Values of the row, a multiple of ``n_block``.
+        """
         return n // self.n_block * self.size_block
 
 
@@ -62,12 +68,12 @@ class _Formats(Mapping[str, Format]):
         return f"FORMATS({', '.join(self)})"
 
 
-#: All formats by name.
 FORMATS: Mapping[str, Format] = _Formats()
+"""All formats by name, each a [Format][llamamix.formats.Format]; the library has the table."""
 
 
 def format_name(type: int) -> str:
-    """The name of the format whose rows are in tensors of this ggml type. Raises KeyError."""
+    """The name of the format whose rows are in tensors of this ggml type. Raises KeyError when there is none."""
     for format in FORMATS.values():
         if format.type == type:
             return format.name

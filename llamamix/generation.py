@@ -23,10 +23,11 @@ _T = TypeVar("_T")
 class TokenLogprob:
     """A token that could have been next.
 
-    id       its id
-    piece    the bytes that it adds to the text
-    text     the same as text; bytes that are no character become U+FFFD
-    logprob  natural logarithm of the probability that the model gives it
+    Attributes:
+        id: Its id.
+        piece: The bytes that it adds to the text.
+        text: The same as text; bytes that are no character become U+FFFD.
+        logprob: Natural logarithm of the probability that the model gives it.
     """
 
     id: int
@@ -39,12 +40,13 @@ class TokenLogprob:
 class GeneratedToken:
     """A token that was drawn and decoded: it is in the cache.
 
-    id       its id
-    piece    the bytes that it adds to the text
-    text     the characters that it completes: one that several tokens make up is the last one's
-    logprob  natural logarithm of the probability that the model gives it (softmax of the logits), before any sampler
-             changed that
-    top      the tokens that were most likely, best first
+    Attributes:
+        id: Its id.
+        piece: The bytes that it adds to the text.
+        text: The characters that it completes: one that several tokens make up is the last one's.
+        logprob: Natural logarithm of the probability that the model gives it (the softmax of the logits), before any
+            sampler changed that.
+        top: The tokens that were most likely, best first.
     """
 
     id: int
@@ -107,14 +109,17 @@ class Generation(Iterator[_T], AsyncIterator[_T], Generic[_T]):
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that were drawn so far."""
+        """Tokens that were drawn so far, but for one that ended the generation."""
         return self._state.n_tokens
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why it ended: "end" (a token that ends generation), "stop" (a stop text), "length" (max_tokens), "cancelled".
+        """Why it ended; None before that, and when an exception ended it.
 
-        None before that, and when an exception ended it.
+        - "end": a token that ends generation was drawn
+        - "stop": a stop text is complete
+        - "length": ``max_tokens`` were drawn
+        - "cancelled": cancel() was called
         """
         return self._state.finish_reason
 
@@ -146,12 +151,13 @@ class Generation(Iterator[_T], AsyncIterator[_T], Generic[_T]):
 class Source:
     """Where tokens come from.
 
-    model       whose they are
-    start       puts the prompt into the cache, and gives its last token's logits, float32 [n_vocab]
-    decode      adds a token to the cache, and gives its logits
-    max_tokens  the most to draw
-    sampler     draws them
-    owns        whether the sampler is closed at the end
+    Args:
+        model: Whose they are.
+        start: Puts the prompt into the cache, and gives its last token's logits, float32 [n_vocab].
+        decode: Adds a token to the cache, and gives its logits.
+        max_tokens: The most to draw.
+        sampler: Draws them.
+        owns: Whether the sampler is closed at the end.
     """
 
     model: Model

@@ -39,22 +39,51 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 
 def is_quantized(type: str) -> bool:
-    """True for types that store blocks of elements with a scale."""
+    """True for types that store blocks of elements with a scale.
+
+    Args:
+        type: ggml's name of the type.
+
+    Raises:
+        ParamsError: For a type that a KV cache can not have.
+    """
     return blck_size(type) > 1
 
 
 def blck_size(type: str) -> int:
-    """Elements in a block, 1 when the type is not quantised."""
+    """Elements in a block, 1 when the type is not quantised.
+
+    Args:
+        type: ggml's name of the type.
+
+    Raises:
+        ParamsError: For a type that a KV cache can not have.
+    """
     return int(lib.ggml_blck_size(_number(type)))
 
 
 def type_size(type: str) -> int:
-    """Bytes of a block."""
+    """Bytes of a block.
+
+    Args:
+        type: ggml's name of the type.
+
+    Raises:
+        ParamsError: For a type that a KV cache can not have.
+    """
     return int(lib.ggml_type_size(_number(type)))
 
 
 def row_size(type: str, n: int) -> int:
-    """Bytes of n elements. Raises ParamsError when they are not whole blocks."""
+    """Bytes of a row.
+
+    Args:
+        type: ggml's name of the type.
+        n: Elements of the row.
+
+    Raises:
+        ParamsError: When they are not whole blocks, and for a type that a KV cache can not have.
+    """
     if isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 0:
         raise ParamsError(f"n must be a whole number of elements, not {n!r}.")
     block = blck_size(type)
@@ -64,7 +93,14 @@ def row_size(type: str, n: int) -> int:
 
 
 def dtype(type: str) -> np.dtype[Any]:
-    """Of the numpy array that holds a tensor's elements: their own, or uint8 for the bytes of quantised rows."""
+    """Of the numpy array that holds a tensor's elements: their own, or uint8 for the bytes of quantised rows.
+
+    Args:
+        type: ggml's name of the type.
+
+    Raises:
+        ParamsError: For a type that a KV cache can not have.
+    """
     _number(type)
     return _DTYPES.get(type, np.dtype(np.uint8))
 
@@ -82,15 +118,17 @@ def _number(type: Any) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """Elements of a ggml type.
+    """Elements of a ggml type. ``np.asarray(tensor)`` is ``data``.
 
-    type  ggml's name of the type
-    ne    1 to 4 dimensions in ggml's order: the first is the contiguous one
-    data  the elements, a contiguous array whose shape is ``ne`` reversed, as numpy puts the contiguous dimension last:
-          float32 for f32, float16 for f16, the bits as uint16 for bf16. Quantised rows are their bytes, uint8, with
-          row_size(type, ne[0]) in place of the last dimension.
+    Args:
+        type: ggml's name of the type.
+        ne: 1 to 4 dimensions in ggml's order: the first is the contiguous one.
+        data: The elements, a contiguous array whose shape is ``ne`` reversed, as numpy puts the contiguous dimension
+            last: float32 for f32, float16 for f16, the bits as uint16 for bf16. Quantised rows are their bytes, uint8,
+            with ``row_size(type, ne[0])`` in place of the last dimension.
 
-    ``np.asarray(tensor)`` is ``data``. Raises ParamsError when the three do not fit together.
+    Raises:
+        ParamsError: When the three do not fit together.
     """
 
     type: str
@@ -138,10 +176,14 @@ def _shape(type: str, ne: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def quantize(array: Any, type: str) -> Tensor:
-    """Floating point numbers, of 1 to 4 dimensions, as a tensor of any type; blocks run along the last dimension.
+    """Numbers as a tensor of any type; blocks run along the last dimension.
 
-    float16 and float32 are taken as they are, other numbers as float32. Raises ParamsError when the last dimension is
-    not whole blocks, or a number to be quantised is not finite.
+    Args:
+        array: Numbers, of 1 to 4 dimensions. float16 and float32 are taken as they are, others as float32.
+        type: ggml's name of the type.
+
+    Raises:
+        ParamsError: When the last dimension is not whole blocks, or a number to be quantised is not finite.
     """
     array = np.asarray(array)
     if array.dtype.kind not in "fiu":
@@ -154,8 +196,12 @@ def quantize(array: Any, type: str) -> Tensor:
 def cpy(src: Tensor, type: str) -> Tensor:
     """A copy in another type, by ggml_cpy.
 
-    f32, f16 and bf16 go to every type; what is quantised goes to f32 or stays what it is. Raises ParamsError for other
-    pairs, rows that are not whole blocks, and numbers to be quantised that are not finite.
+    Args:
+        src: f32, f16 and bf16 go to every type; what is quantised goes to f32 or stays what it is.
+        type: ggml's name of the type.
+
+    Raises:
+        ParamsError: For other pairs, rows that are not whole blocks, and numbers to be quantised that are not finite.
     """
     if not isinstance(src, Tensor):
         raise ParamsError(f"src must be a Tensor, not {src!r}.")

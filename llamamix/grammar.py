@@ -15,13 +15,18 @@ _DEPTH_MAX = 200  # of a schema; the converter recurses, and has the stack of th
 def json_schema_to_grammar(schema: Mapping[str, Any] | str) -> str:
     """The GBNF grammar of the JSON texts that a schema describes, for ``SamplingParams(grammar=...)``.
 
-    schema  a JSON schema, as an object or as JSON text; ``{}`` is any JSON
+    Objects have their properties in the order of the schema. A pattern that the converter, which is llama.cpp's own,
+    does not know stands for any text, which it says on stderr.
 
-    Objects have their properties in the order of the schema. A pattern that the converter does not know stands for any
-    text, which it says on stderr.
+    Args:
+        schema: A JSON schema, as an object or as JSON text; ``{}`` is any JSON.
 
-    Raises ParamsError for what is no JSON schema, or one that the converter does not know; LibraryError when the
-    library that has the converter (llamamix-schema) is not beside libllama.
+    Returns:
+        A GBNF text with a rule named root.
+
+    Raises:
+        ParamsError: For what is no JSON schema, or one that the converter does not know.
+        LibraryError: When the library that has the converter (llamamix-schema) is not beside libllama.
     """
     text = schema_text(schema)
     try:

@@ -16,7 +16,19 @@ _N_SHOWN = 8  # sequences
 
 
 class Memory(Sequences):
-    """Operations on the sequences of a context; what its cache can not do raises ContextError."""
+    """The sequences in a context's KV cache, and operations on them: ``context.memory``.
+
+    Ranges of positions are [p0, p1); a ``p1`` of -1 means to the end. What libllama would abort the process for is
+    refused: with ParamsError where an argument is wrong, with ContextError where the cache can not do it. Nothing has
+    changed then.
+
+    Attributes:
+        n_seq_max (int): Sequences; their ids are 0 to ``n_seq_max - 1``.
+        n_stream (int): 1 when they share all cells (``kv_unified``), else one per sequence.
+        has_multi_pos (bool): True when a token has several positions (M-RoPE); none can be moved then.
+        held (Held): The tokens of the sequences: ``held.tokens(seq_id)`` is int32 [n], or None where they are not
+            known.
+    """
 
     _error = ContextError
 
@@ -41,6 +53,7 @@ class Memory(Sequences):
 
     @contextlib.contextmanager
     def use_memory(self) -> Iterator[Any]:
+        """The ``llama_memory_t``, while no other thread has it."""
         with self._handle as ctx:
             yield lib.llama_get_memory(ctx)
 

@@ -60,21 +60,29 @@ def _utf8(text: Any, what: str) -> bytes:
 
 
 class Model:
-    """A model loaded from a GGUF file.
+    """A model loaded from a GGUF file: metadata, tokenizer, chat template, weights.
 
-    path             the file
-    n_gpu_layers     layers to keep in GPU memory, -1: all
-    main_gpu         the GPU that holds the model when ``split_mode`` is "none"
-    split_mode       over several GPUs: none, layer or row
-    load_mode        auto, none, mmap, mlock, mmap+mlock or dio
-    check_tensors    look for values that are not numbers while loading
-    use_extra_bufts  repack weights for the CPU where that is faster
-    vocab_only       load the tokenizer and the metadata, no weights
+    close() (or the end of a ``with`` block) makes the object unusable at once: everything raises ModelError. The
+    weights stay in memory until the last context made from it is closed too.
 
-    ``params`` has what was given as ModelParams. close() (or the end of a ``with`` block) makes the object unusable at
-    once. The weights stay in memory until the last context made from it is closed too.
+    Args:
+        path: The file.
+        n_gpu_layers: Layers to keep in GPU memory, -1: all.
+        main_gpu: The GPU that holds the model when ``split_mode`` is "none".
+        split_mode: How it is divided among several GPUs: "none", by "layer" or by "row".
+        load_mode: How the file is read: "none" (into memory), "mmap", "mlock", "mmap+mlock", "dio" (direct I/O), or
+            "auto".
+        check_tensors: Look for values that are not numbers while loading.
+        use_extra_bufts: Repack weights for the CPU where that is faster.
+        vocab_only: Load the tokenizer and the metadata, no weights.
 
-    Raises ModelError when the file can not be loaded, ParamsError for a parameter that can not be used.
+    Attributes:
+        path (pathlib.Path): The file.
+        params (ModelParams): What was given.
+
+    Raises:
+        ModelError: When the file can not be loaded, with the reason.
+        ParamsError: For a parameter that can not be used.
     """
 
     def __init__(
@@ -111,7 +119,16 @@ class Model:
 
     @classmethod
     def from_params(cls, path: str | os.PathLike[str] | bytes, params: ModelParams) -> Self:
-        """A model loaded as ModelParams say. Raises what the constructor raises."""
+        """A model loaded as ModelParams say.
+
+        Args:
+            path: The file.
+            params: The constructor's keywords.
+
+        Raises:
+            ModelError: Like the constructor.
+            ParamsError: Like the constructor.
+        """
         return cls(path, **options_of(params))
 
     def __enter__(self) -> Self:
@@ -149,7 +166,7 @@ class Model:
 
     @property
     def n_layer(self) -> int:
-        """Layers."""
+        """Number of layers."""
         return self._get("llama_model_n_layer")
 
     @property
@@ -164,12 +181,12 @@ class Model:
 
     @property
     def n_embd(self) -> int:
-        """Width of the hidden state."""
+        """Width of the hidden state, in values."""
         return self._get("llama_model_n_embd")
 
     @property
     def n_embd_out(self) -> int:
-        """Width of an output embedding."""
+        """Width of an output embedding, in values."""
         return self._get("llama_model_n_embd_out")
 
     @property
@@ -214,7 +231,7 @@ class Model:
 
     @property
     def desc(self) -> str:
-        """Architecture, size and type, e.g. "llama 135M Q4_1"."""
+        """Architecture, size and type, e.g. ``"llama 256M Q4_1"``."""
         handle = self.handle()
         return _read_string(lib.llama_model_desc, handle.pointer)
 
@@ -229,7 +246,11 @@ class Model:
         }
 
     def head_sizes(self) -> tuple[int, int]:
-        """Elements of one K head and of one V head."""
+        """Elements of one K head and of one V head.
+
+        Returns:
+            ``(head_size_k, head_size_v)``, as the metadata have them.
+        """
         arch = self.metadata.get("general.architecture", "")
         default = self.n_embd // self.n_head if self.n_head else 0
         k, v = (self.metadata.get(f"{arch}.attention.{name}") for name in ("key_length", "value_length"))
@@ -282,7 +303,14 @@ class Model:
         return self._special("pad")
 
     def is_eog(self, token: int) -> bool:
-        """True when the token ends generation (end of text, end of turn, ...)."""
+        """True when a token ends generation (end of text, end of turn, ...).
+
+        Args:
+            token: Its id.
+
+        Raises:
+            ParamsError: When it is not in the vocabulary.
+        """
         (token,) = as_tokens([token], self.n_vocab)
         handle = self.handle()
         return bool(lib.llama_vocab_is_eog(lib.llama_model_get_vocab(handle.pointer), int(token)))
@@ -290,10 +318,17 @@ class Model:
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of a text.
 
-        add_special    add the tokens that begin and end a text, where the model asks for them
-        parse_special  read the names of special tokens in the text as those tokens
+        Args:
+            text: The text.
+            add_special: Add the tokens that begin and end a text, where the model asks for them.
+            parse_special: Read the names of special tokens in the text as those tokens.
 
-        Raises ParamsError for what is not text, ModelError when the model has no tokenizer.
+        Returns:
+            The ids, each 0 to ``n_vocab - 1``.
+
+        Raises:
+            ParamsError: For what is not text.
+            ModelError: When the model has no tokenizer.
         """
         data = _utf8(text, "The text")
         handle = self.handle()
@@ -311,10 +346,14 @@ class Model:
     def detokenize(self, tokens: Any, remove_special: bool = False, unparse_special: bool = False) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD.
 
-        remove_special   leave out the tokens that tokenize() adds
-        unparse_special  write the names of special tokens; False: nothing for them
+        Args:
+            tokens: Token ids, a list or an integer array of shape [n].
+            remove_special: Leave out the tokens that tokenize() adds.
+            unparse_special: Write the names of special tokens; False: nothing for them.
 
-        Raises ParamsError for a token that is not in the vocabulary.
+        Raises:
+            ParamsError: For a token that is not in the vocabulary.
+            ModelError: When the model has no tokenizer.
         """
         if not isinstance(tokens, np.ndarray):
             tokens = list(tokens)
@@ -335,7 +374,16 @@ class Model:
             n_max = -n
 
     def token_to_piece(self, token: int, special: bool = False) -> bytes:
-        """The bytes that a token adds to a text; special tokens are empty unless ``special``."""
+        """The bytes that a token adds to a text.
+
+        Args:
+            token: Its id.
+            special: Write the names of special tokens; False: nothing for them.
+
+        Raises:
+            ParamsError: For a token that is not in the vocabulary.
+            ModelError: When the model has no tokenizer.
+        """
         (token,) = as_tokens([token], self.n_vocab)
         handle = self.handle()
         vocab = self._vocab(handle)
@@ -365,19 +413,23 @@ class Model:
         tools: Iterable[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Messages as one text for tokenize(..., parse_special=True), the same as llama-server's /apply-template.
+        """Messages as one text for ``tokenize(..., parse_special=True)``, the same as llama-server's ``/apply-
+        template``.
 
-        messages               each ``{"role": ..., "content": ...}``: content a text, or a list of
-                               ``{"type": "text", "text": ...}``; an assistant's may have ``tool_calls`` and
-                               ``reasoning_content``, a tool's ``tool_call_id`` and ``name``, in OpenAI's form
-        add_generation_prompt  end with what starts the assistant's answer
-        template               a Jinja template, or the name of one that llama.cpp knows ("chatml", "llama2", ...), for
-                               which messages have a role and a content only; None: the model's own
-        tools                  each ``{"type": "function", "function": {"name", "description", "parameters"}}``
-        variables              what else a Jinja template is to know, such as ``{"enable_thinking": False}``
+        Args:
+            messages: Each ``{"role": ..., "content": ...}``. The content is a text, or a list of ``{"type": "text",
+                "text": ...}``. An assistant's may have ``tool_calls`` and ``reasoning_content``, a tool's
+                ``tool_call_id`` and ``name``, in OpenAI's form.
+            add_generation_prompt: End with what starts the assistant's answer.
+            template: A Jinja template, or the name of one that llama.cpp knows ("chatml", "llama2", ...), for which
+                messages have a role and a content only; None: the model's own.
+            tools: Each ``{"type": "function", "function": {"name", "description", "parameters"}}``.
+            variables: What else a Jinja template is to know, such as ``{"enable_thinking": False}``.
 
-        Raises ModelError when the model has no template, or one that can not be used; ParamsError for messages or tools
-        that are none, and with the template's own words for those that it refuses.
+        Raises:
+            ModelError: When the model has no template, or one that can not be used.
+            ParamsError: For messages or tools that are none, and with the template's own words for those that it
+                refuses.
         """
         from .chat import CHATML, apply_named, is_name, read_tools
 

@@ -110,21 +110,25 @@ def _resolve(cold: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class KVMixedParams:
-    """How a mixed KV cache is shaped.
+    """How a mixed KV cache is shaped. [Presets][llamamix.PRESETS] have names for some of these.
 
-    hot        cells per stream that hold the newest tokens in the context's ``type_k`` and ``type_v`` (F16)
-    cold       ggml type of the older tokens; "auto": iq4_nl, or q4_0 where the device that holds them does not have that
-    cold_k     the same for K alone, None: ``cold``
-    cold_v     the same for V alone, None: ``cold``
-    group      the most tokens that one migration moves (never more than a quarter of ``hot``)
-    threshold  migrate when hot use passes this share of ``hot``, over 0 and at most 1
-    sink       the first positions of every sequence, which stay hot; of all sequences no more than half of ``hot``
-    cold_size  cold cells per stream, 0: what the context needs beyond ``hot``
-    mean       where K is quantised, its cold rows are stored less the mean of their page of 128 cells; False: as they are
-    attn       "fused": our own kernel, for a cache in the CPU's memory; "compose": stock ggml operations; "auto": fused
-               where that is possible
+    Args:
+        hot: Cells per stream that hold the newest tokens in the context's ``type_k`` and ``type_v`` (F16).
+        cold: Format of the older tokens, a name of [FORMATS][llamamix.formats.FORMATS]; "auto": iq4_nl, or q4_0 where
+            the device that holds them does not have that.
+        cold_k: The same for K alone; None: ``cold``.
+        cold_v: The same for V alone; None: ``cold``.
+        group: The most tokens that one migration moves (never more than a quarter of ``hot``).
+        threshold: Migrate when hot use passes this share of ``hot``, over 0 and at most 1.
+        sink: The first positions of every sequence, which stay hot; of all sequences no more than half of ``hot``.
+        cold_size: Cold cells per stream; 0: what the context needs beyond ``hot``.
+        mean: Where K is quantised, its cold rows are stored less the mean of their page of 128 cells; False: as they
+            are.
+        attn: "fused": our own kernel, for a cache in the CPU's memory; "compose": stock ggml operations; "auto": fused
+            where that is possible.
 
-    Raises ParamsError.
+    Raises:
+        ParamsError: For a value that can not be used.
     """
 
     hot: int = 512
@@ -158,12 +162,12 @@ class KVMixedParams:
 
     @property
     def type_cold_k(self) -> str:
-        """ggml type of cold K rows; of "auto" that in the CPU's memory."""
+        """Format of cold rows of K; of "auto" that in the CPU's memory."""
         return _resolve(self.cold_k or self.cold)
 
     @property
     def type_cold_v(self) -> str:
-        """ggml type of cold V rows, likewise."""
+        """Format of cold rows of V; of "auto" that in the CPU's memory."""
         return _resolve(self.cold_v or self.cold)
 
     @property
@@ -172,7 +176,14 @@ class KVMixedParams:
         return self.mean and FORMATS[self.type_cold_k].n_block > 1
 
     def cells(self, n_ctx_seq: int) -> tuple[int, int]:
-        """Hot and cold cells of a stream for so many tokens of context."""
+        """Hot and cold cells of a stream.
+
+        Args:
+            n_ctx_seq: Tokens of context that the stream is to hold.
+
+        Returns:
+            ``(n_hot, n_cold)``.
+        """
         n_hot = min(self.hot, n_ctx_seq)
         return n_hot, self.cold_size or n_ctx_seq - n_hot
 
@@ -180,10 +191,12 @@ class KVMixedParams:
     def parse(cls, spec: str) -> KVMixedParams:
         """Read a text such as ``"hot=512,cold=q4_0"`` by the grammar of LLAMA_KV_MIXED.
 
-        It may begin with the name of a preset (see ``llamamix.PRESETS``; ``"1"`` and ``"on"`` are the defaults), whose
-        parameters the rest changes: ``"quality,hot=1024"``.
+        Args:
+            spec: It may begin with the name of a preset, whose parameters the rest changes: ``"quality,hot=1024"``.
+                ``"1"`` and ``"on"`` are the defaults.
 
-        Raises ParamsError with the library's sentence.
+        Raises:
+            ParamsError: For a text that is none, with the library's sentence.
         """
         if not isinstance(spec, str) or "\0" in spec:
             raise ParamsError(
@@ -255,17 +268,20 @@ def resolve_kv_mixed(value: KVMixedParams | bool | str) -> KVMixedParams | None:
 
 @dataclass(frozen=True, slots=True)
 class ModelParams:
-    """How a model is loaded.
+    """How a model is loaded: the keywords of [Model][llamamix.Model] as an object, for Model.from_params().
 
-    n_gpu_layers     layers to keep in GPU memory, -1: all
-    main_gpu         the GPU that holds the model when ``split_mode`` is "none"
-    split_mode       over several GPUs: none, layer or row
-    load_mode        auto, none, mmap, mlock, mmap+mlock or dio
-    check_tensors    look for values that are not numbers while loading
-    use_extra_bufts  repack weights for the CPU where that is faster
-    vocab_only       load the tokenizer and the metadata, no weights
+    Args:
+        n_gpu_layers: Layers to keep in GPU memory, -1: all.
+        main_gpu: The GPU that holds the model when ``split_mode`` is "none".
+        split_mode: How it is divided among several GPUs: "none", by "layer" or by "row".
+        load_mode: How the file is read: "none" (into memory), "mmap", "mlock", "mmap+mlock", "dio" (direct I/O), or
+            "auto".
+        check_tensors: Look for values that are not numbers while loading.
+        use_extra_bufts: Repack weights for the CPU where that is faster.
+        vocab_only: Load the tokenizer and the metadata, no weights.
 
-    Raises ParamsError.
+    Raises:
+        ParamsError: For a value that can not be used.
     """
 
     n_gpu_layers: int = -1
@@ -299,29 +315,35 @@ class ModelParams:
 
 @dataclass(frozen=True, slots=True)
 class ContextParams:
-    """How a context is made.
+    """How a context is made: the keywords of [Context][llamamix.Context] as an object, for Context.from_params().
 
-    n_ctx            cells of the KV cache, rounded up to a multiple of 256; 0: the context the model was trained with
-    n_batch          the most tokens that one call of llama_decode() gets (longer input is split)
-    n_ubatch         the most tokens that one graph computes, None: 512, or n_batch where all of a batch must be in one
-                     (pooled embeddings, models without a causal mask)
-    n_seq_max        sequences; their ids are 0 to n_seq_max - 1
-    n_threads        for single tokens, None: as many as this process may use
-    n_threads_batch  for batches, None: n_threads
-    flash_attn       auto, on or off
-    type_k, type_v   ggml types of the cache's rows (of the hot rows when it is a mixed one)
-    kv_unified       one buffer shared by all sequences; False: n_ctx is divided between them
-    offload_kqv      keep the KV cache and its operations on the GPU
-    op_offload       compute large operations on weights in host memory on the GPU
-    swa_full         full-size cache for layers with sliding windows
-    embeddings       keep the embeddings of all tokens
-    pooling          unspecified (from the model), none, mean, cls, last or rank
-    rope_freq_base   0: from the model
-    rope_freq_scale  0: from the model
-    kv_mixed         the mixed KV cache: True for its defaults (with embeddings: a plain one), KVMixedParams, a text
-                     such as "hot=256,cold=q8_0", or False for a plain one. LLAMA_KV_MIXED has no say here.
+    Args:
+        n_ctx: Cells of the KV cache, one for a token, rounded up to a multiple of 256; 0: the context that the model
+            was trained with.
+        n_batch: The most tokens that one call of llama_decode() gets; longer input is split.
+        n_ubatch: The most tokens that one graph computes; None: 512, or ``n_batch`` where all of a batch must be in one
+            (pooled embeddings, models without a causal mask).
+        n_seq_max: Sequences, 1 to 256; their ids are 0 to ``n_seq_max - 1``.
+        n_threads: Threads for single tokens; None: as many as this process may use.
+        n_threads_batch: Threads for batches; None: ``n_threads``.
+        flash_attn: "on", "off", or "auto": where it is possible.
+        type_k: ggml type of the cache's rows of K, see [FORMATS][llamamix.formats.FORMATS]. In a mixed cache that of
+            the hot rows: "f16", "bf16" or "f32".
+        type_v: The same of V. A quantised one needs flash attention.
+        kv_unified: True: one buffer that all sequences share; False: ``n_ctx`` is divided between them.
+        offload_kqv: Keep the KV cache, and the operations on it, on the GPU.
+        op_offload: Compute large operations on weights in the host's memory on the GPU.
+        swa_full: A cache of full size for layers with sliding windows; False: as many cells as the windows need.
+        embeddings: Keep the embeddings of all tokens.
+        pooling: How the embeddings of a sequence become one: "none", "mean", "cls" (the first token's), "last", "rank"
+            (a score), or "unspecified": as the model says.
+        rope_freq_base: Base of RoPE's frequencies; 0: the model's.
+        rope_freq_scale: Scale of RoPE's frequencies; 0: the model's.
+        kv_mixed: The mixed KV cache: True for its defaults (with embeddings: a plain one), KVMixedParams, a text such
+            as ``"hot=256,cold=q8_0"`` or ``"quality"``, or False for a plain one. LLAMA_KV_MIXED has no say here.
 
-    Raises ParamsError.
+    Raises:
+        ParamsError: For a value that can not be used.
     """
 
     n_ctx: int = 4096
@@ -394,21 +416,29 @@ class ContextParams:
 class SamplingParams:
     """How the next token is drawn from the logits; the defaults are llama.cpp's.
 
-    temperature        0: always the most likely token
-    top_k              keep the k most likely, 0: all
-    top_p              keep the most likely whose probabilities sum up to p, 1: all
-    min_p              drop those less likely than p times the most likely, 0: none
-    typical_p          locally typical sampling, 1: off
-    repeat_penalty     divides the logits of recent tokens, 1: off
-    frequency_penalty  subtracted per recent occurrence
-    presence_penalty   subtracted when it occurred at all
-    repeat_last_n      how many tokens are recent, 0: penalties off
-    seed               0 to 2**32 - 2, None: a different one each time
-    grammar            GBNF text with a rule named root, None: none
-    json_schema        JSON schema, an object or JSON text, that the text must follow; None: none. Not with a grammar.
-    logit_bias         token id → number that is added to its logit (-inf bans it)
+    The samplers come in this order: logit_bias, penalties, top_k, typical_p, top_p, min_p, temperature. Chains of
+    others, and in another order, are made of [links][llamamix.samplers].
 
-    Raises ParamsError.
+    Args:
+        temperature: Divides the logits; 0: always the most likely token.
+        top_k: Keep the k most likely; 0: all.
+        top_p: Keep the most likely whose probabilities sum up to p ([Holtzman et al.
+            2019](https://arxiv.org/abs/1904.09751)); 1: all.
+        min_p: Drop those less likely than p times the most likely ([Nguyen et al.
+            2024](https://arxiv.org/abs/2407.01082)); 0: none.
+        typical_p: Locally typical sampling ([Meister et al. 2022](https://arxiv.org/abs/2202.00666)); 1: off.
+        repeat_penalty: Divides the logits of recent tokens that are positive, multiplies those that are negative
+            ([Keskar et al. 2019](https://arxiv.org/abs/1909.05858)); 1: off.
+        frequency_penalty: Subtracted from a logit for every recent occurrence of its token.
+        presence_penalty: Subtracted from a logit when its token occurred at all.
+        repeat_last_n: How many tokens are recent; 0: penalties off.
+        seed: 0 to 2**32 - 2; None: a different one each time.
+        grammar: GBNF text with a rule named root, which the text must follow; None: none.
+        logit_bias: Token id → number that is added to its logit (-inf bans it).
+        json_schema: JSON schema, an object or JSON text, which the text must follow; None: none. Not with a grammar.
+
+    Raises:
+        ParamsError: For a value that can not be used.
     """
 
     temperature: float = 0.8

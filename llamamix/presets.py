@@ -13,9 +13,11 @@ from ._ffi import ffi, lib, sized
 class Preset:
     """Parameters that have a name: ``kv_mixed="quality"``, ``LLAMA_KV_MIXED=quality``.
 
-    name  what it is called
-    what  what it is good for
-    spec  its parameters that are not the defaults, by the grammar of KVMixedParams.parse()
+    Attributes:
+        name: What it is called.
+        what: What it is good for.
+        spec: Its parameters that are not the defaults, by the grammar of
+            [KVMixedParams.parse][llamamix.KVMixedParams.parse].
     """
 
     name: str
@@ -49,5 +51,5 @@ class _Presets(Mapping[str, Preset]):
         return f"PRESETS({', '.join(self)})"
 
 
-#: All presets by name.
 PRESETS: Mapping[str, Preset] = _Presets()
+"""All presets by name, each a [Preset][llamamix.presets.Preset]; the library has the table."""

@@ -66,7 +66,12 @@ def cached(item: Item) -> Path | None:
 def pull(name: str, progress: Progress | None = None) -> Path:
     """Fetch a model or text unless it is there, and return its path. Its SHA-256 is checked either way.
 
-    Raises PullError; nothing half-done is left behind.
+    Args:
+        name: What ``llamamix pull --list`` calls it.
+        progress: Is told how far it is.
+
+    Raises:
+        PullError: When there is nothing of that name, and when it can not be fetched; nothing half-done is left behind.
     """
     item = find(name)
     if item is None:
@@ -94,7 +99,8 @@ def pull(name: str, progress: Progress | None = None) -> Path:
 def resolve(model: str, progress: Progress | None = None) -> Path:
     """The path of a model given as a path or as a name that pull() knows; pulled when it is not there.
 
-    Raises PullError when it is neither.
+    Raises:
+        PullError: When it is neither.
     """
     if Path(model).exists():
         return Path(model)

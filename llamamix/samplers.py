@@ -22,7 +22,11 @@ _COUNT_MAX = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A sampler in a chain. ``takes`` is True for those that take a token, of which the last one must be one."""
+    """A sampler in a chain.
+
+    Attributes:
+        takes (bool): True for those that take a token; the last one of a chain must be one, and no other one is of use.
+    """
 
     takes: ClassVar[bool] = False
 
@@ -33,9 +37,13 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class LogitBias(Link):
-    """Adds numbers to the logits of tokens; -inf bans one.
+    """Adds numbers to the logits of tokens.
 
-    Raises ParamsError for what is no bias, and when a chain is made for tokens that the vocabulary does not have.
+    Args:
+        biases: Token id → number; -inf bans the token.
+
+    Raises:
+        ParamsError: For what is no bias; when a chain is made, for tokens that the vocabulary does not have.
     """
 
     biases: Mapping[int, float]
@@ -56,10 +64,15 @@ class LogitBias(Link):
 class Penalties(Link):
     """Makes recent tokens less likely.
 
-    last_n    how many tokens are recent, 0: none
-    repeat    divides their logits, over 0; 1: off
-    frequency is subtracted for every occurrence
-    presence  is subtracted when one occurred at all
+    Args:
+        last_n: How many tokens are recent; 0: none.
+        repeat: Divides their logits where these are positive, multiplies them where not, over 0 ([Keskar et al.
+            2019](https://arxiv.org/abs/1909.05858)); 1: off.
+        frequency: Is subtracted for every occurrence.
+        presence: Is subtracted when one occurred at all.
+
+    Raises:
+        ParamsError: For a value that can not be used.
     """
 
     last_n: int = 64
@@ -82,11 +95,18 @@ class Penalties(Link):
 class Dry(Link):
     """Makes tokens less likely that would go on with a repetition of what was there before (DRY).
 
-    multiplier      how much, 0: off
-    base            grows with the length of the repetition to this power, 1 or more
-    allowed_length  repetitions of so many tokens are fine
-    last_n          how many tokens are looked at, 0: none
-    breakers        texts over which no repetition goes
+    A repetition of n tokens, n of at least ``allowed_length``, costs the next token's logit ``multiplier * base ** (n -
+    allowed_length)``.
+
+    Args:
+        multiplier: How much; 0: off.
+        base: 1 or more.
+        allowed_length: Shorter repetitions, in tokens, are fine.
+        last_n: How many tokens are looked at; 0: none.
+        breakers: Texts over which no repetition goes.
+
+    Raises:
+        ParamsError: For a value that can not be used.
     """
 
     multiplier: float = 0.8
@@ -114,7 +134,14 @@ class Dry(Link):
 
 @dataclass(frozen=True, slots=True)
 class TopK(Link):
-    """Keeps the k most likely tokens, 0: all."""
+    """Keeps the most likely tokens.
+
+    Args:
+        k: How many; 0: all.
+
+    Raises:
+        ParamsError: For a value that can not be used.
+    """
 
     k: int = 40
 
@@ -127,7 +154,16 @@ class TopK(Link):
 
 @dataclass(frozen=True, slots=True)
 class TopP(Link):
-    """Keeps the most likely tokens whose probabilities sum up to p, and ``min_keep`` in any case; 1: all."""
+    """Keeps the most likely tokens whose probabilities sum up to p ([Holtzman et al.
+    2019](https://arxiv.org/abs/1904.09751)).
+
+    Args:
+        p: 0 to 1; 1: all.
+        min_keep: How many stay in any case.
+
+    Raises:
+        ParamsError: For a value that can not be used.
+    """
 
     p: float = 0.95
     min_keep: int = 1
@@ -141,7 +177,16 @@ class TopP(Link):
 
 @dataclass(frozen=True, slots=True)
 class MinP(Link):
-    """Drops tokens less likely than p times the most likely one, but for ``min_keep``; 0: none."""
+    """Drops tokens less likely than p times the most likely one ([Nguyen et al.
+    2024](https://arxiv.org/abs/2407.01082)).
+
+    Args:
+        p: 0 to 1; 0: none are dropped.
+        min_keep: How many stay in any case.
+
+    Raises:
+        ParamsError: For a value that can not be used.
+    """
 
     p: float = 0.05
     min_keep: int = 1
@@ -155,7 +200,16 @@ class MinP(Link):
 
 @dataclass(frozen=True, slots=True)
 class Typical(Link):
-    """Locally typical sampling: keeps the tokens whose surprise is nearest to the expected one, up to p; 1: all."""
+    """Locally typical sampling: keeps the tokens whose surprise is nearest to the expected one, as many as have
+    probabilities that sum up to p ([Meister et al. 2022](https://arxiv.org/abs/2202.00666)).
+
+    Args:
+        p: 0 to 1; 1: all.
+        min_keep: How many stay in any case.
+
+    Raises:
+        ParamsError: For a value that can not be used.
+    """
 
     p: float = 1.0
     min_keep: int = 1
@@ -169,7 +223,15 @@ class Typical(Link):
 
 @dataclass(frozen=True, slots=True)
 class TopNSigma(Link):
-    """Keeps the tokens whose logits are within n standard deviations of the best one."""
+    """Keeps the tokens whose logits are within n standard deviations of the best one ([Tang et al.
+    2024](https://arxiv.org/abs/2411.07641)).
+
+    Args:
+        n: 0 or more.
+
+    Raises:
+        ParamsError: For a value that can not be used.
+    """
 
     n: float = 1.0
 
@@ -184,10 +246,14 @@ class TopNSigma(Link):
 class Xtc(Link):
     """With a probability, drops all tokens over a threshold but for the least likely of them (XTC).
 
-    probability  0 to 1
-    threshold    0 to 1; over 0.5 it does nothing
-    min_keep     how many tokens stay in any case
-    seed         0 to 2**32 - 2, None: a different one each time
+    Args:
+        probability: 0 to 1.
+        threshold: 0 to 1; over 0.5 it does nothing.
+        min_keep: How many tokens stay in any case.
+        seed: 0 to 2**32 - 2; None: a different one each time.
+
+    Raises:
+        ParamsError: For a value that can not be used.
     """
 
     probability: float = 0.5
@@ -207,10 +273,15 @@ class Xtc(Link):
 
 @dataclass(frozen=True, slots=True)
 class Temperature(Link):
-    """Divides the logits by t, 0: the best token only.
+    """Divides the logits by a temperature.
 
-    With a ``delta`` the temperature is from t - delta to t + delta: the lower the entropy, to the power of
-    ``exponent``, the lower it is.
+    Args:
+        t: The temperature; 0: the best token only.
+        delta: The temperature is from ``t - delta`` to ``t + delta``: the lower the entropy, the lower it is.
+        exponent: The share of the largest entropy is taken to this power.
+
+    Raises:
+        ParamsError: For a value that can not be used.
     """
 
     t: float = 0.8
@@ -238,7 +309,14 @@ class Greedy(Link):
 
 @dataclass(frozen=True, slots=True)
 class Draw(Link):
-    """Takes a token at random, each as likely as the candidates say. The seed: 0 to 2**32 - 2, None: any."""
+    """Takes a token at random, each as likely as the candidates say.
+
+    Args:
+        seed: 0 to 2**32 - 2; None: a different one each time.
+
+    Raises:
+        ParamsError: For a value that can not be used.
+    """
 
     takes: ClassVar[bool] = True
 
@@ -253,13 +331,18 @@ class Draw(Link):
 
 @dataclass(frozen=True, slots=True)
 class Mirostat(Link):
-    """Takes a token at random, so that the text's surprise stays near a target (Mirostat, version 1 or 2).
+    """Takes a token at random, so that the text's surprise stays near a target ([Basu et al.
+    2020](https://arxiv.org/abs/2007.14966)).
 
-    tau      the surprise to aim at, in bits
-    eta      how fast it is followed
-    seed     0 to 2**32 - 2, None: a different one each time
-    version  1 or 2
-    m        version 1: tokens by which the distribution is estimated, 2 or more
+    Args:
+        tau: The surprise to aim at, in bits.
+        eta: How fast it is followed.
+        seed: 0 to 2**32 - 2; None: a different one each time.
+        version: 1 or 2.
+        m: Version 1: tokens by which the distribution is estimated, 2 or more.
+
+    Raises:
+        ParamsError: For a value that can not be used.
     """
 
     takes: ClassVar[bool] = True

@@ -26,14 +26,22 @@ _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float3
 class Sampler:
     """A chain of samplers with the state of one generation: recent tokens, position in the grammar, random numbers.
 
-    model    whose tokens are drawn
-    chain    SamplingParams, or links (see llamamix.samplers) of which the last one takes a token; None: SamplingParams()
-    grammar  with links: a GBNF text with a rule named root, which all that is drawn follows; None: none
-
     One thread uses a sampler at a time, others wait. close() (or the end of a ``with`` block) frees it.
 
-    Raises ParamsError for a grammar that can not be parsed, a biased token that is not in the vocabulary, or a chain
-    whose last link takes no token.
+    Args:
+        model: Whose tokens are drawn.
+        chain: SamplingParams, or [links][llamamix.samplers] of which the last one takes a token; None:
+            ``SamplingParams()``.
+        grammar: With links: a GBNF text with a rule named root, which all that is drawn follows; None: none.
+
+    Attributes:
+        links (tuple[Link, ...]): The chain.
+        n_vocab (int): Tokens in the model's vocabulary.
+
+    Raises:
+        ModelError: When there is a grammar, and the model has no tokenizer.
+        ParamsError: For a grammar that can not be parsed, a biased token that is not in the vocabulary, or a chain
+            whose last link takes no token.
     """
 
     def __init__(
@@ -73,10 +81,18 @@ class Sampler:
                 handle.close()
 
     def sample(self, logits: np.ndarray) -> int:
-        """The token drawn from logits, float32 of shape [n_vocab], and remembered.
+        """Draw a token from logits, and remember it.
 
-        Raises ContextError when there is none to draw: the grammar or the biases rule out every token, or the logits
-        are not numbers. Raises ParamsError for logits of another shape.
+        Args:
+            logits: float32 of shape [n_vocab], such as ``context.logits[-1]``.
+
+        Returns:
+            The token's id.
+
+        Raises:
+            ContextError: When there is none to draw: the grammar or the biases rule out every token, or the logits are
+                not numbers.
+            ParamsError: For logits of another shape.
         """
         logits = np.asarray(logits)
         if logits.shape != (self.n_vocab,):
@@ -117,7 +133,11 @@ class Sampler:
     def accept(self, tokens: int | Iterable[int]) -> None:
         """Remember tokens that came from elsewhere, such as a prompt's, for penalties; a grammar does not see them.
 
-        Raises ParamsError for tokens that are not in the vocabulary, and none is remembered then.
+        Args:
+            tokens: A token id, or several in their order.
+
+        Raises:
+            ParamsError: For tokens that are not in the vocabulary, and none is remembered then.
         """
         single = isinstance(tokens, (int, np.integer)) and not isinstance(tokens, bool)
         ids = as_tokens([tokens] if single else tokens, self.n_vocab)

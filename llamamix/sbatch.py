@@ -28,13 +28,17 @@ _SPLITS = {"simple": 0, "equal": 1, "seq": 2}
 class UBatch:
     """A part of a batch that goes through a model, or into a KV cache, at once. The arrays are copies.
 
-    n_tokens      tokens
-    n_seq_tokens  tokens of each of the ``n_seqs`` sets of sequences
-    n_seqs        sets of sequences; after split_simple() every token counts as one
-    token         token ids, int32 [n_tokens]
-    pos           positions, int32 [n_tokens]
-    seq_id        the sequence ids of each token, ascending, n_tokens tuples
-    output        1 where logits are wanted, int8 [n_tokens]
+    Attributes:
+        n_tokens: Tokens.
+        n_seq_tokens: Tokens of each of the ``n_seqs`` sets of sequences.
+        n_seqs: Sets of sequences; after split_simple() every token counts as one.
+        token: Token ids, int32 [n_tokens].
+        pos: Positions, int32 [n_tokens].
+        seq_id: The sequence ids of each token, ascending, n_tokens tuples.
+        output: 1 where logits are wanted, int8 [n_tokens].
+        source: What it is a part of.
+        n_reset: How often that had been reset.
+        index: Which of its ubatches it is.
     """
 
     n_tokens: int
@@ -57,13 +61,17 @@ class UBatch:
 class SBatch:
     """A batch that was found to be consistent, ready to be split.
 
-    batch      what to split; later changes to it have no effect
-    n_seq_max  sequence ids must be less than this; None: what the cache has, or 256 without one
-    n_vocab    token ids must be less than this
-    memory     the sequences that the batch must continue, a cache's or a context's; None: positions may begin anywhere
+    Args:
+        batch: What to split; later changes to it have no effect.
+        n_seq_max: Sequence ids must be less than this; None: what the cache has, or 256 without one.
+        n_vocab: Token ids must be less than this.
+        memory: The sequences that the batch must continue, a cache's or a context's; None: positions may begin
+            anywhere.
 
-    Raises ParamsError with libllama's reason for a batch that is not consistent: positions of a sequence that decrease,
-    have gaps or do not follow those in the cache, or a token of sequences that are at different positions in the cache.
+    Raises:
+        ParamsError: With libllama's reason for a batch that is not consistent: positions of a sequence that decrease,
+            have gaps or do not follow those in the cache, or a token of sequences that are at different positions in
+            the cache.
     """
 
     def __init__(
@@ -107,19 +115,36 @@ class SBatch:
         self._handle.close()
 
     def split_simple(self, n_ubatch: int) -> UBatch:
-        """The next tokens in their order, up to ``n_ubatch``. Every split ends with ubatches of no tokens."""
+        """The next tokens in their order. Every split ends with ubatches of no tokens.
+
+        Args:
+            n_ubatch: The most tokens.
+
+        Raises:
+            ParamsError: For a batch that can not be split like this.
+        """
         return self._split("simple", n_ubatch)
 
     def split_equal(self, n_ubatch: int) -> UBatch:
-        """The next tokens of several sequences, as many of each, up to ``n_ubatch`` together (one more when there are
-        more sequences than that): what a cache with a stream for each sequence takes.
+        """The next tokens of several sequences, as many of each: what a cache with a stream for each sequence takes.
 
-        Raises ParamsError when sequences share tokens.
+        Args:
+            n_ubatch: The most tokens, all together (one more where there are more sequences than that).
+
+        Raises:
+            ParamsError: When sequences share tokens.
         """
         return self._split("equal", n_ubatch)
 
     def split_seq(self, n_ubatch: int) -> UBatch:
-        """The next tokens of one set of sequences, up to ``n_ubatch``."""
+        """The next tokens of one set of sequences.
+
+        Args:
+            n_ubatch: The most tokens.
+
+        Raises:
+            ParamsError: For a batch that can not be split like this.
+        """
         return self._split("seq", n_ubatch)
 
     def reset(self) -> None:

@@ -13,15 +13,16 @@ from .params import POS_MAX, check_int
 
 
 class Sequences:
-    """Operations on sequences and ranges of positions [p0, p1); a p1 of -1 means to the end.
+    """Operations on sequences and ranges of positions [p0, p1); a ``p1`` of -1 means to the end.
 
-    What libllama would abort the process for raises ParamsError (an argument) or the error of the subclass (the cache
-    can not do it). Nothing has changed then.
+    What libllama would abort the process for is refused: with ParamsError where an argument is wrong, with CacheError
+    (a context's memory: ContextError) where the cache can not do it. Nothing has changed then.
 
-    n_seq_max      sequences; their ids are 0 to n_seq_max - 1
-    n_stream       1 when they share all cells (unified), else one per sequence
-    has_multi_pos  True when a token has several positions (M-RoPE); none can be moved then
-    held           what is known of the sequences; all objects of one cache have the same
+    Attributes:
+        n_seq_max (int): Sequences; their ids are 0 to ``n_seq_max - 1``.
+        n_stream (int): 1 when they share all cells (unified), else one per sequence.
+        has_multi_pos (bool): True when a token has several positions (M-RoPE); none can be moved then.
+        held (Held): The tokens of the sequences, as far as they are known; all objects of one cache have the same.
     """
 
     _error: ClassVar[type[LlamamixError]]
@@ -45,9 +46,17 @@ class Sequences:
             self.held.clear()
 
     def seq_rm(self, seq_id: int = -1, p0: int = 0, p1: int = -1) -> None:
-        """Remove positions of one sequence, or of all (-1).
+        """Remove positions of one sequence, or of all.
 
-        A cache of recurrent layers can not remove a part of a sequence.
+        Args:
+            seq_id: The sequence; -1: all.
+            p0: The first position.
+            p1: The one after the last; -1: to the end.
+
+        Raises:
+            ParamsError: For an argument out of bounds.
+            CacheError: When a part is to be removed of what has no way back, the state of recurrent layers (of a
+                context: ContextError).
         """
         check_int(seq_id, "seq_id", -1, self.n_seq_max - 1)
         p0, p1 = _range(p0, p1)
@@ -62,6 +71,16 @@ class Sequences:
 
         Unified, the two share the cells then. When every sequence has its own stream, only whole sequences can be
         copied, and to an empty one.
+
+        Args:
+            seq_id_src: The sequence that has them.
+            seq_id_dst: The sequence that gets them.
+            p0: The first position.
+            p1: The one after the last; -1: to the end.
+
+        Raises:
+            ParamsError: For an argument out of bounds, positions that are there already, and a part where only a whole
+                sequence can be copied.
         """
         self._seq(seq_id_src, "seq_id_src")
         self._seq(seq_id_dst, "seq_id_dst")
@@ -88,7 +107,14 @@ class Sequences:
                 self._copy_rows(seq_id_src, seq_id_dst)
 
     def seq_keep(self, seq_id: int) -> None:
-        """Remove all other sequences."""
+        """Remove all other sequences.
+
+        Args:
+            seq_id: The one that stays.
+
+        Raises:
+            ParamsError: For an argument out of bounds.
+        """
         self._seq(seq_id, "seq_id")
         with self.use_memory() as memory:
             lib.llama_memory_seq_keep(memory, seq_id)
@@ -99,9 +125,19 @@ class Sequences:
             self.held.keep(seq_id)
 
     def seq_add(self, seq_id: int, p0: int, p1: int, delta: int) -> None:
-        """Move positions by ``delta``; those that come out below 0 are removed.
+        """Move positions; those that come out below 0 are removed. Cells that sequences share move in all of them.
 
-        Cells that sequences share move in all of them.
+        The rows of K are turned by the next decode (RoPE).
+
+        Args:
+            seq_id: The sequence.
+            p0: The first position.
+            p1: The one after the last; -1: to the end.
+            delta: What is added to them.
+
+        Raises:
+            ParamsError: For an argument out of bounds.
+            CacheError: When the positions can not be moved, see ``can_shift`` (of a context: ContextError).
         """
         self._seq(seq_id, "seq_id")
         p0, p1 = _range(p0, p1)
@@ -112,7 +148,18 @@ class Sequences:
             lib.llama_memory_seq_add(memory, seq_id, p0, p1, delta)
 
     def seq_div(self, seq_id: int, p0: int, p1: int, d: int) -> None:
-        """Divide positions by ``d``, rounding down. Cells that sequences share move in all of them."""
+        """Divide positions, rounding down. Cells that sequences share move in all of them.
+
+        Args:
+            seq_id: The sequence.
+            p0: The first position.
+            p1: The one after the last; -1: to the end.
+            d: What they are divided by, 1 or more.
+
+        Raises:
+            ParamsError: For an argument out of bounds.
+            CacheError: When the positions can not be moved, see ``can_shift`` (of a context: ContextError).
+        """
         self._seq(seq_id, "seq_id")
         p0, p1 = _range(p0, p1)
         check_int(d, "d", 1, POS_MAX)
@@ -120,20 +167,34 @@ class Sequences:
             lib.llama_memory_seq_div(memory, seq_id, p0, p1, d)
 
     def seq_pos_min(self, seq_id: int = 0) -> int:
-        """The smallest position of a sequence, -1: it is empty."""
+        """The smallest position of a sequence, -1: it is empty.
+
+        Args:
+            seq_id: The sequence.
+
+        Raises:
+            ParamsError: For a sequence that there is not.
+        """
         self._seq(seq_id, "seq_id")
         with self.use_memory() as memory:
             return int(lib.llama_memory_seq_pos_min(memory, seq_id))
 
     def seq_pos_max(self, seq_id: int = 0) -> int:
-        """The largest position of a sequence, -1: it is empty."""
+        """The largest position of a sequence, -1: it is empty.
+
+        Args:
+            seq_id: The sequence.
+
+        Raises:
+            ParamsError: For a sequence that there is not.
+        """
         self._seq(seq_id, "seq_id")
         with self.use_memory() as memory:
             return int(lib.llama_memory_seq_pos_max(memory, seq_id))
 
     @property
     def can_shift(self) -> bool:
-        """True when positions can be moved (seq_add, seq_div)."""
+        """True when positions can be moved (seq_add(), seq_div())."""
         with self.use_memory() as memory:
             return self._can_shift(memory)
 

@@ -26,7 +26,8 @@ _MARK = b"llama_kv_mixed_get_stats"  # a function that only our libllama has
 def find_server() -> Path:
     """The llama-server to run: $LLAMAMIX_SERVER, else the one of this install, else one on the PATH.
 
-    Raises ServerError.
+    Raises:
+        ServerError: When there is none.
     """
     own = os.environ.get("LLAMAMIX_SERVER")
     if own:
@@ -58,10 +59,20 @@ def _contains(path: Path, text: bytes) -> bool:
 class Server:
     """A llama-server that was started, and is stopped by leaving the ``with`` block.
 
-    kv_mixed  the mixed KV cache, None: a plain one
-    on_line   is given every line of its log, by another thread
+    The child has a session of its own: Ctrl-C in a terminal reaches only those that pass it on.
 
-    The child has a session of its own: Ctrl-C in a terminal reaches only those that pass it on. Raises ServerError.
+    Args:
+        args: Arguments of llama-server, such as ``["-m", "model.gguf", "--port", "0"]``.
+        kv_mixed: The mixed KV cache; None: a plain one.
+        program: The llama-server; None: what find_server() finds.
+        environment: More variables for it.
+        on_line: Is given every line of its log, by another thread.
+
+    Attributes:
+        url (str | None): Where it listens; None: it is not ready yet.
+
+    Raises:
+        ServerError: When there is no llama-server, or none with the mixed KV cache, and when it can not be run.
     """
 
     def __init__(
@@ -94,16 +105,22 @@ class Server:
 
     @property
     def pid(self) -> int:
+        """Its process id."""
         return self._process.pid
 
     @property
     def is_running(self) -> bool:
+        """True until it has ended."""
         return self._process.poll() is None
 
     def wait_ready(self, timeout: float | None = None) -> str:
-        """The URL of the server once it has loaded the model; ``timeout`` is in seconds.
+        """The URL of the server once it has loaded the model.
 
-        Raises ServerError when it ends before that, with the reason from its log, or is too slow.
+        Args:
+            timeout: Seconds; None: as long as it takes.
+
+        Raises:
+            ServerError: When it ends before that, with the reason from its log, or is too slow.
         """
         if not self._changed.wait(timeout):
             raise ServerError(f"llama-server is not ready after {timeout:g} s.")
@@ -113,7 +130,11 @@ class Server:
         return self.url
 
     def has_page(self, prefix: str = "") -> bool:
-        """Whether a ready server has a web page at its URL and a prefix of its paths. Some were built without one."""
+        """Whether a ready server has a web page. Some were built without one.
+
+        Args:
+            prefix: Of its paths, behind its URL.
+        """
         request = urllib.request.Request(f"{self.url}{prefix}/", headers={"Accept-Encoding": "gzip"})
         try:
             with urllib.request.urlopen(request, timeout=10) as reply:
@@ -122,16 +143,38 @@ class Server:
             return False
 
     def send_signal(self, number: int) -> None:
+        """Send it a signal.
+
+        Args:
+            number: Such as ``signal.SIGINT``.
+        """
         self._process.send_signal(number)
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code, as a shell gives it: 128 + N when signal N ended the server."""
+        """Wait for its end.
+
+        Args:
+            timeout: Seconds; None: as long as it takes.
+
+        Returns:
+            The exit code, as a shell gives it: 128 + N when signal N ended the server.
+
+        Raises:
+            subprocess.TimeoutExpired: When it has not ended by then.
+        """
         code = self._process.wait(timeout)
         self._reader.join()
         return 128 - code if code < 0 else code
 
     def stop(self, timeout: float = 30.0) -> int:
-        """End the server if it runs, by force after ``timeout`` seconds, and return its exit code."""
+        """End the server if it runs.
+
+        Args:
+            timeout: Seconds, after which it is ended by force.
+
+        Returns:
+            The exit code, as wait() gives it.
+        """
         self._process.terminate()
         try:
             return self.wait(timeout)

@@ -11,23 +11,30 @@ from .formats import format_name
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """What a mixed KV cache holds and has done so far.
+    """What a mixed KV cache holds and has done so far. ``print()`` shows it as a table, a notebook with bars.
 
-    n_stream                   streams: 1 when unified, else one per sequence
-    n_layer                    layers that hold K/V
-    hot_size, hot_used         cells, all streams together
-    cold_size, cold_used       cells, all streams together
-    type_hot_k, type_hot_v     ggml types
-    type_cold_k, type_cold_v   ggml types
-    bytes_hot, bytes_cold      bytes allocated
-    bytes_plain                bytes that a plain cache of the hot types takes for the same context
-    n_migrations               migrations that were completed
-    n_tokens_moved             cells moved from hot to cold
-    n_refused                  batches refused because hot and cold were full
-    t_migrate_us               microseconds spent moving
-    bytes_rest                 bytes allocated for what is not mixed: the cache of sliding windows, recurrent states
+    All but ``bytes_rest`` is about the layers that attend to the whole context; cells are those of all streams
+    together.
 
-    All but bytes_rest is about the layers that attend to the whole context.
+    Attributes:
+        n_stream: Streams: 1 when unified, else one per sequence.
+        n_layer: Layers that hold K/V.
+        hot_size: Hot cells.
+        hot_used: Hot cells in use.
+        cold_size: Cold cells.
+        cold_used: Cold cells in use.
+        type_hot_k: ggml type of hot rows of K.
+        type_hot_v: ggml type of hot rows of V.
+        type_cold_k: ggml type of cold rows of K.
+        type_cold_v: ggml type of cold rows of V.
+        bytes_hot: Bytes allocated for hot rows.
+        bytes_cold: Bytes allocated for cold rows and their means.
+        bytes_plain: Bytes that a plain cache of the hot types takes for the same context.
+        n_migrations: Migrations that were completed.
+        n_tokens_moved: Cells moved from hot to cold.
+        n_refused: Batches refused because hot and cold were full.
+        t_migrate_us: Microseconds spent moving.
+        bytes_rest: Bytes allocated for what is not mixed: the cache of sliding windows, recurrent states.
     """
 
     n_stream: int
@@ -99,12 +106,15 @@ class CacheStats:
 
 @dataclass(frozen=True, slots=True)
 class PerfData:
-    """What a context has computed since it was made or perf_reset() was called. Times are milliseconds.
+    """What a context has computed since it was made or perf_reset() was called.
 
-    n_p_eval, t_p_eval_ms  tokens in batches (prefill), and their time
-    n_eval, t_eval_ms      tokens decoded one by one, and their time
-    t_load_ms              time the model took to load
-    n_reused               compute graphs that were reused
+    Attributes:
+        n_p_eval: Tokens computed in batches (prefill).
+        n_eval: Tokens decoded one by one.
+        n_reused: Compute graphs that were reused.
+        t_load_ms: Milliseconds that the model took to load.
+        t_p_eval_ms: Milliseconds that batches took.
+        t_eval_ms: Milliseconds that single tokens took.
     """
 
     n_p_eval: int

@@ -30,10 +30,11 @@ def checked(result: int, error: type[LlamamixError] = CacheError) -> int:
 class Cell:
     """A cell in use.
 
-    index    its number
-    pos      position of its token
-    seq_ids  the sequences that have the token, ascending
-    shift    what seq_add() and seq_div() did to the position and the K row does not show yet
+    Attributes:
+        index: Its number.
+        pos: Position of its token.
+        seq_ids: The sequences that have the token, ascending.
+        shift: What seq_add() and seq_div() did to the position and the K row does not show yet.
     """
 
     index: int
@@ -43,18 +44,22 @@ class Cell:
 
 
 class Tier:
-    """Cells of one type and their K and V rows; a part of a cache that keeps it open.
+    """Cells of one type and their K and V rows: ``cache.hot``, ``cache.cold``. A part of a cache, which it keeps open.
 
-    size                      cells per stream
-    n_stream                  streams: 1 when unified, else one per sequence
-    n_layer                   layers that have rows
-    type_k, type_v            ggml types
-    n_head_kv                 heads of a row
-    head_size_k, head_size_v  elements of a head
-    row_size_k, row_size_v    bytes of a row
-    n_pad                     what cell counts are rounded up to
-    n_page                    pages of 128 cells per stream whose K rows are stored less their mean, see get_means(); 0: rows
-                              are stored as they are
+    Attributes:
+        size (int): Cells per stream.
+        n_stream (int): Streams: 1 when unified, else one per sequence.
+        n_layer (int): Layers that have rows.
+        type_k (str): ggml type of rows of K.
+        type_v (str): ggml type of rows of V.
+        n_head_kv (int): Heads of a row.
+        head_size_k (int): Elements of a K head.
+        head_size_v (int): Elements of a V head.
+        row_size_k (int): Bytes of a row of K.
+        row_size_v (int): Bytes of a row of V.
+        n_pad (int): What cell counts are rounded up to.
+        n_page (int): Pages of 128 cells per stream whose K rows are stored less their mean, see get_means(); 0: rows
+            are stored as they are.
     """
 
     def __init__(self, handle: ExclusiveHandle, number: int, n_pad: int) -> None:
@@ -88,13 +93,27 @@ class Tier:
             return self._used(cache)
 
     def n(self, stream: int = 0) -> int:
-        """Cells in view: up to the last one in use, rounded up to a multiple of n_pad; 0 when the stream is empty."""
+        """Cells in view: up to the last one in use, rounded up to a multiple of ``n_pad``; 0 when the stream is empty.
+
+        Args:
+            stream: The stream.
+
+        Raises:
+            ParamsError: For a stream that there is not.
+        """
         self._stream(stream)
         with self._handle as cache:
             return self._n(cache, stream)
 
     def cells(self, stream: int = 0) -> list[Cell]:
-        """The cells in use, by index."""
+        """The cells in use, by index.
+
+        Args:
+            stream: The stream.
+
+        Raises:
+            ParamsError: For a stream that there is not.
+        """
         self._stream(stream)
         with self._handle as cache:
             cells = self._cells(cache, stream)
@@ -104,26 +123,50 @@ class Tier:
         ]
 
     def get_k(self, layer: int, stream: int | None = None) -> ggml.Tensor:
-        """A copy of a layer's K rows in view, of one stream or of all (None).
+        """A copy of a layer's K rows in view.
 
-        Its dimensions are ggml's: ``ne`` is (head_size_k, n_head_kv, n, n_stream), n the largest n() of them. numpy
-        counts them from the other end, so ``data[s, i, h]`` is what cell i of stream s has for head h; float16 for f16,
-        block bytes for quantised types, see ggml.Tensor. ``dequantize()`` gives float32. Where there are means
-        (``n_page``), rows are what is left without them.
+        Args:
+            layer: The layer, 0 to ``n_layer - 1``.
+            stream: The stream; None: all.
+
+        Returns:
+            Rows with ggml's dimensions: ``ne`` is (head_size_k, n_head_kv, n, n_stream), n the largest n() of the
+                streams. numpy counts them from the other end, so ``data[s, i, h]`` is what cell i of stream s has for
+                head h: float16 for f16, the bytes of blocks for quantised types. ``dequantize()`` gives float32. Where
+                there are means (``n_page``), rows are what is left without them.
+
+        Raises:
+            ParamsError: For a layer or a stream that there is not.
         """
         return self._get(_K, layer, stream)
 
     def get_v(self, layer: int, stream: int | None = None) -> ggml.Tensor:
-        """A copy of a layer's V rows in view, like get_k(), of head_size_v."""
+        """A copy of a layer's V rows in view, like get_k(), with heads of ``head_size_v``.
+
+        Args:
+            layer: The layer, 0 to ``n_layer - 1``.
+            stream: The stream; None: all.
+
+        Raises:
+            ParamsError: For a layer or a stream that there is not.
+        """
         return self._get(_V, layer, stream)
 
     def get_means(self, layer: int, stream: int | None = None) -> np.ndarray:
-        """The means of K in all pages of 128 cells: float16 [n_stream, n_page, n_head_kv, head_size_k].
+        """The means of K in all pages of 128 cells.
 
         They are in the basis of the rows, which is that of rotated ones where rows are rotated: a row of cell i is what
         ``get_k()`` has of it, dequantised, plus the mean of page i // 128. Those of pages without tokens mean nothing.
 
-        Raises ParamsError where there are none, or no such layer or stream.
+        Args:
+            layer: The layer, 0 to ``n_layer - 1``.
+            stream: The stream; None: all.
+
+        Returns:
+            float16 of shape [n_stream, n_page, n_head_kv, head_size_k].
+
+        Raises:
+            ParamsError: Where there are none, or no such layer or stream.
         """
         check_int(layer, "layer", 0, N_LAYER_MAX - 1)
         streams = range(self.n_stream) if stream is None else [self._stream(stream)]
@@ -137,9 +180,16 @@ class Tier:
         return means
 
     def set_means(self, layer: int, page: int, means: Any, stream: int = 0) -> None:
-        """Write the means of K of pages from ``page`` on: numbers of shape [n, n_head_kv, head_size_k], stored as F16.
+        """Write the means of K of pages. What rows of these pages stand for changes with it.
 
-        What rows of these pages stand for changes with it. Raises ParamsError, and nothing is written then.
+        Args:
+            layer: The layer, 0 to ``n_layer - 1``.
+            page: The first page.
+            means: Numbers of shape [n, n_head_kv, head_size_k], stored as F16.
+            stream: The stream.
+
+        Raises:
+            ParamsError: For arguments that can not be used; nothing is written then.
         """
         check_int(layer, "layer", 0, N_LAYER_MAX - 1)
         self._stream(stream)
@@ -154,17 +204,33 @@ class Tier:
             checked(lib.llama_kv_mixed_cache_set_means(cache, layer, stream, page, len(data), src), ParamsError)
 
     def set_k(self, layer: int, cell: int, rows: Any, stream: int = 0) -> None:
-        """Write K rows of a layer to cells from ``cell`` on.
+        """Write K rows of a layer.
 
-        rows  numbers of shape [n, n_head_kv, head_size_k], or [n_head_kv, head_size_k] for one row, which ggml converts
-              to the tier's type; or a ggml.Tensor of that type and ``ne`` (head_size_k, n_head_kv, n)
+        Args:
+            layer: The layer, 0 to ``n_layer - 1``.
+            cell: The first cell.
+            rows: Numbers of shape [n, n_head_kv, head_size_k], or [n_head_kv, head_size_k] for one row, which ggml
+                converts to the tier's type; or a [Tensor][llamamix.ggml.Tensor] of that type with an ``ne`` of
+                (head_size_k, n_head_kv, n).
+            stream: The stream.
 
-        Raises ParamsError, and nothing is written then.
+        Raises:
+            ParamsError: For arguments that can not be used; nothing is written then.
         """
         self._set(_K, layer, cell, rows, stream)
 
     def set_v(self, layer: int, cell: int, rows: Any, stream: int = 0) -> None:
-        """Write V rows, like set_k()."""
+        """Write V rows of a layer, like set_k(), with heads of ``head_size_v``.
+
+        Args:
+            layer: The layer, 0 to ``n_layer - 1``.
+            cell: The first cell.
+            rows: Like those of set_k().
+            stream: The stream.
+
+        Raises:
+            ParamsError: For arguments that can not be used; nothing is written then.
+        """
         self._set(_V, layer, cell, rows, stream)
 
     def _used(self, cache: Any) -> int:

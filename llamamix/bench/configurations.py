@@ -20,10 +20,12 @@ _NOT_QUANTISED = ("f32", "f16", "bf16")
 class Configuration:
     """A KV cache to measure.
 
-    name            what tables call it
-    type_k, type_v  ggml types (of the hot rows when it is a mixed one)
-    flash_attn      on, off or auto
-    kv_mixed        the mixed KV cache's parameters as a text, None: a plain cache
+    Attributes:
+        name: What tables call it.
+        type_k: ggml type of K (of the hot rows when it is a mixed one).
+        type_v: ggml type of V, likewise.
+        flash_attn: "on", "off" or "auto".
+        kv_mixed: The mixed KV cache's parameters as a text; None: a plain cache.
     """
 
     name: str
@@ -50,11 +52,15 @@ def configurations(
 ) -> tuple[Configuration, ...]:
     """Plain caches of the types, then mixed ones, each with every way of flash attention; the first is the baseline.
 
-    types_k, types_v  pairs of K and V; one list stands for both, one type goes with all of the other list
-    flash_attn        on, off or auto, or llama-bench's 1, 0 and -1; quantised V needs it
-    kv_mixed          texts such as "hot=512,cold=q8_0"; "off" is left out
+    Args:
+        types_k: Types of K, in pairs with those of V: one list stands for both, one type goes with all of the other
+            list.
+        types_v: Types of V, likewise.
+        flash_attn: "on", "off" or "auto", or llama-bench's "1", "0" and "-1"; quantised V needs it.
+        kv_mixed: Texts such as "hot=512,cold=q8_0"; "off" is left out.
 
-    Raises ParamsError for what can not be.
+    Raises:
+        ParamsError: For what can not be.
     """
     modes = list(dict.fromkeys(_mode(text) for text in flash_attn))
     asked = types_k is not None or types_v is not None

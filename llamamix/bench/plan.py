@@ -20,11 +20,13 @@ _N_VALUES_MAX = 10_000
 
 @dataclass(frozen=True, slots=True)
 class BenchTest:
-    """Tokens to compute in a cache that holds ``n_depth`` already.
+    """Tokens to compute in a cache that holds others already.
 
-    n_prompt   tokens as one prompt, 0: none
-    n_gen      tokens one by one, 0: none
-    n_threads  None: as many as this process may use
+    Attributes:
+        n_prompt: Tokens as one prompt, 0: none.
+        n_gen: Tokens one by one, 0: none.
+        n_depth: Tokens in the cache before.
+        n_threads: Threads; None: as many as this process may use.
     """
 
     n_prompt: int
@@ -48,16 +50,20 @@ def name_of_test(n_prompt: int, n_gen: int, n_depth: int = 0) -> str:
 class Plan:
     """Every configuration runs every test.
 
-    n_prompt, n_gen  a test each, 0: none
-    n_depth          tokens in the cache before the tests
-    n_threads        None: as many as this process may use
-    repetitions      of every test
-    n_batch          the most tokens that one call of llama_decode() gets
-    n_ubatch         the most tokens that one graph computes
-    warmup           run every test once before its repetitions (of tokens one by one: a single one)
-    one_context      keep the cache of one configuration at a time, and the states of the others
+    Args:
+        configurations: The caches; the first is the baseline.
+        n_prompt: Tokens of a prompt, a test each; 0: none.
+        n_gen: Tokens one by one, a test each; 0: none.
+        n_depth: Tokens in the cache before the tests.
+        n_threads: Threads; None: as many as this process may use.
+        repetitions: How often every test runs.
+        n_batch: The most tokens that one call of llama_decode() gets.
+        n_ubatch: The most tokens that one graph computes.
+        warmup: Run every test once before its repetitions (of tokens one by one: a single one).
+        one_context: Keep the cache of one configuration at a time, and the states of the others.
 
-    Raises ParamsError.
+    Raises:
+        ParamsError: For a value that can not be used.
     """
 
     configurations: tuple[Configuration, ...]
@@ -98,7 +104,11 @@ class Plan:
         return len(self.configurations) * (len(self.n_depth) + n_tests * self.repetitions)
 
     def tests(self, n_depth: int) -> Iterator[BenchTest]:
-        """The tests at a depth, one after the other."""
+        """The tests at a depth, one after the other.
+
+        Args:
+            n_depth: Tokens in the cache before.
+        """
         for n_threads in self.n_threads:
             for n in self.n_prompt:
                 if n > 0:

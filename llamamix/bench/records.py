@@ -18,29 +18,34 @@ class BenchError(LlamamixError):
 class Row:
     """A configuration's samples of one test. Names are llama-bench's where it has one.
 
-    llamamix            version of the package
-    backends            what computes, CPU or names with commas between them
-    cpu_info, gpu_info  devices
-    model_filename      path of the model
-    model_type          architecture, size and type
-    model_size          bytes of all tensors
-    model_n_params      weights
-    n_batch, n_ubatch   the most tokens in a call and in a graph, as asked for
-    n_threads           threads
-    n_gpu_layers        as asked for, -1: all
-    cache               name of the configuration
-    type_k, type_v      ggml types (of the hot rows when the cache is a mixed one)
-    flash_attn          1: on, 0: off, -1: auto
-    kv_mixed            the mixed KV cache's parameters in force, None: a plain cache
-    kv_bytes            bytes of the KV cache
-    n_ctx               its cells
-    seed                of the random tokens, None: they are those of a text
-    n_prompt, n_gen     tokens computed as a prompt, and one by one
-    n_depth             tokens in the cache before
-    test_time           when the first repetition began, UTC
-    samples_ns          nanoseconds of every repetition
-    samples_token_ns    nanoseconds of every token of every repetition, nothing for a prompt
-    samples_migrate_us  microseconds that every repetition spent moving tokens to cold, None: a plain cache
+    Attributes:
+        llamamix: Version of the package.
+        backends: What computes, CPU or names with commas between them.
+        cpu_info: The processor.
+        gpu_info: The GPUs.
+        model_filename: Path of the model.
+        model_type: Architecture, size and type.
+        model_size: Bytes of all tensors.
+        model_n_params: Weights.
+        n_batch: The most tokens in a call, as asked for.
+        n_ubatch: The most tokens in a graph, as asked for.
+        n_threads: Threads.
+        n_gpu_layers: As asked for, -1: all.
+        cache: Name of the configuration.
+        type_k: ggml type of K (of the hot rows when the cache is a mixed one).
+        type_v: ggml type of V, likewise.
+        flash_attn: 1: on, 0: off, -1: auto.
+        kv_mixed: The mixed KV cache's parameters in force; None: a plain cache.
+        kv_bytes: Bytes of the KV cache.
+        n_ctx: Its cells.
+        seed: Of the random tokens; None: they are those of a text.
+        n_prompt: Tokens computed as a prompt.
+        n_gen: Tokens computed one by one.
+        n_depth: Tokens in the cache before.
+        test_time: When the first repetition began, UTC.
+        samples_ns: Nanoseconds of every repetition.
+        samples_token_ns: Nanoseconds of every token of every repetition, nothing for a prompt.
+        samples_migrate_us: Microseconds that every repetition spent moving tokens to cold; None: a plain cache.
     """
 
     llamamix: str
@@ -83,9 +88,14 @@ class Row:
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a recorded run; what was derived from the samples is left out.
+    """The rows of a recorded run.
 
-    Raises BenchError, which names the line, when the file is no recording or is damaged, and OSError.
+    Args:
+        path: The file, as ``llamamix bench -o jsonl`` or ``--jsonl`` writes it.
+
+    Raises:
+        BenchError: When the file is no recording or is damaged, with the line.
+        OSError: When it can not be read.
     """
     return rows.read_rows(path, _read, "recorded benchmark", "measurements", BenchError)
 

@@ -101,7 +101,7 @@ class Runner:
         self._progress = progress
         self._clock = clock
         self._one_context = plan.one_context
-        self._setting = {
+        self._setting: dict[str, Any] = {
             "llamamix": __version__,
             "backends": machine.backends(),
             "cpu_info": machine.cpu_info(),

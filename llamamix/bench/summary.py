@@ -36,13 +36,22 @@ N_DEPTHS_MIN = 3
 class Summary:
     """A row and what follows from it.
 
-    avg_ns, stddev_ns                nanoseconds per repetition, mean and standard deviation
-    avg_ts, stddev_ts                tokens per second, mean and standard deviation over repetitions
-    median_ts, spread_ts             their median, and half the distance between their quartiles
-    baseline                         name of the configuration that it is compared with
-    ratio, ratio_min, ratio_max      speed as a multiple of the baseline's in the same repetition: median, least, most
-    p50_ms, p99_ms, max_ms           milliseconds between tokens, percentiles over all repetitions; None: a prompt
-    migrate_share                    share of the time spent moving tokens to cold, None: a plain cache
+    Attributes:
+        row: The row.
+        avg_ns: Nanoseconds per repetition, mean.
+        stddev_ns: Their standard deviation.
+        avg_ts: Tokens per second, mean over repetitions.
+        stddev_ts: Their standard deviation.
+        median_ts: Their median.
+        spread_ts: Half the distance between their quartiles.
+        baseline: Name of the configuration that it is compared with.
+        ratio: Speed as a multiple of the baseline's in the same repetition, median.
+        ratio_min: The least of these ratios.
+        ratio_max: The largest.
+        p50_ms: Milliseconds between tokens, median over all repetitions; None: a prompt.
+        p99_ms: Their 99th percentile; None: a prompt.
+        max_ms: The longest; None: a prompt.
+        migrate_share: Share of the time spent moving tokens to cold; None: a plain cache.
     """
 
     row: Row
@@ -74,7 +83,11 @@ class Summary:
 
 
 def summarise(rows: Iterable[Row]) -> list[Summary]:
-    """Rows with what follows from them; the first row of a test is the baseline of the others."""
+    """Rows with what follows from them; the first row of a test is the baseline of the others.
+
+    Args:
+        rows: The rows, in their order.
+    """
     baselines: dict[tuple[Any, ...], Row] = {}
     return [_summary(row, baselines.setdefault(_key(row, *_SETTING, *_TEST), row)) for row in rows]
 
@@ -140,12 +153,13 @@ def _latencies(row: Row) -> tuple[float | None, float | None, float | None]:
 class Fit:
     """Time per token = ``base_ms`` + ``slope_us`` * depth / 1000, least squares over depths.
 
-    row       the configuration at the first depth
-    n_depths  points
-    base_ms   milliseconds per token in an empty cache
-    slope_us  microseconds more per 1000 positions in the cache
-    r2        share of the variance that it explains
-    ratio     slope as a multiple of the baseline's, None: the baseline's is not positive
+    Attributes:
+        row: The configuration at the first depth.
+        n_depths: Points.
+        base_ms: Milliseconds per token in an empty cache.
+        slope_us: Microseconds more per 1000 positions in the cache.
+        r2: Share of the variance that it explains.
+        ratio: Slope as a multiple of the baseline's; None: the baseline's is not positive.
     """
 
     row: Row
@@ -162,7 +176,11 @@ class Fit:
 
 
 def fits(rows: Iterable[Row]) -> list[Fit]:
-    """Fits of everything that was decoded token by token at N_DEPTHS_MIN depths or more; the first is the baseline."""
+    """Fits of everything that was decoded token by token at three depths or more; the first is the baseline.
+
+    Args:
+        rows: The rows, in their order.
+    """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row.n_gen > 0 and row.n_prompt == 0:

@@ -24,10 +24,12 @@ _N_WINDOW_OFF = 32  # hot cells beside the sinks where there is to be no window;
 class Case:
     """A cache to compute with.
 
-    configuration  its name and what makes it
-    role           REFERENCE, NOISE (the reference computed otherwise), CANDIDATE or ABLATION
-    n_ubatch       None: the plan's
-    rotation       False: rows are not rotated before they are quantised
+    Attributes:
+        configuration: Its name and what makes it.
+        role: "reference", "noise" (the reference computed otherwise), "cache", or "ablation" (a cache that lacks
+            something).
+        n_ubatch: The most tokens that one graph computes; None: the plan's.
+        rotation: False: rows are not rotated before they are quantised.
     """
 
     configuration: Configuration
@@ -37,10 +39,15 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The configuration's name."""
         return self.configuration.name
 
     def settings(self, n_ubatch: int) -> dict[str, Any]:
-        """What decides what it computes, whatever it is called; n_ubatch is the plan's."""
+        """What decides what it computes, whatever it is called.
+
+        Args:
+            n_ubatch: The plan's.
+        """
         c = self.configuration
         return {
             "type_k": c.type_k,
@@ -79,15 +86,20 @@ def cases(
 ) -> tuple[Case, ...]:
     """The reference, its noise, then the others.
 
-    reference         type of the plain cache that all are compared with; F32 is without flash attention
-    n_ubatch          the plan's
-    types_k, types_v  plain caches, in pairs; None and no kv_mixed either: q8_0 and q4_0
-    kv_mixed          mixed ones, texts with one specification or several with ";" between them; None and no types
-                      either: the defaults
-    ablate            every mixed cache without each of its ingredients as well
-    note              is told which of these there is not in this build of the library
+    Args:
+        reference: Type of the plain cache that all are compared with: "f16", or "f32", which is without flash
+            attention.
+        n_ubatch: The plan's.
+        types_k: Types of K of plain caches, in pairs with those of V. None, with no other caches either: q8_0 and q4_0.
+        types_v: Types of V, likewise.
+        flash_attn: "on", "off" or "auto".
+        kv_mixed: Mixed caches, texts with one specification or several with ";" between them. None, with no types
+            either: the defaults.
+        ablate: Every mixed cache without each of its ingredients as well.
+        note: Is told which of these there is not in this build of the library.
 
-    Raises ParamsError for what can not be.
+    Raises:
+        ParamsError: For what can not be.
     """
     usual = types_k is None and types_v is None and kv_mixed is None
     if usual:

@@ -25,18 +25,20 @@ _N_CTX_STEP = (
 class Plan:
     """What every cache computes.
 
-    n_ctx       tokens of a context, multiples of 256
-    n_chunks    contexts of every text, for each n_ctx
-    legs        "prompt": all of a context in batches, scored in its second half, as llama-perplexity does it;
-                "decode": the last tokens of a context one by one behind the others
-    n_decode    how many these are
-    stride      of the positions of a prompt every so many-th is scored
-    n_batch     the most tokens that one call of llama_decode() gets
-    n_ubatch    the most tokens that one graph computes
-    n_threads   None: as many as this process may use
-    reference   type of the plain cache that all others are compared with
+    Args:
+        n_ctx: Tokens of a context, multiples of 256.
+        n_chunks: Contexts of every text: one number, or one for each of ``n_ctx``.
+        legs: "prompt": all of a context in batches, scored in its second half, as llama-perplexity does it; "decode":
+            the last tokens of a context one by one behind the others.
+        n_decode: How many tokens are decoded one by one.
+        stride: Of the positions of a prompt every so many-th is scored.
+        n_batch: The most tokens that one call of llama_decode() gets.
+        n_ubatch: The most tokens that one graph computes.
+        n_threads: Threads; None: as many as this process may use.
+        reference: Type of the plain cache that all others are compared with, "f16" or "f32".
 
-    Raises ParamsError.
+    Raises:
+        ParamsError: For a value that can not be used.
     """
 
     n_ctx: tuple[int, ...] = (2048,)
@@ -84,12 +86,24 @@ class Plan:
         yield from zip(self.n_ctx, n_chunks, strict=True)
 
     def settings(self, leg: str) -> dict[str, int]:
-        """What decides, with the tokens and the cache, what a leg gives."""
+        """What decides, with the tokens and the cache, what a leg gives.
+
+        Args:
+            leg: "prompt" or "decode".
+        """
         own = {"stride": self.stride} if leg == PROMPT else {"n_decode": self.n_decode}
         return {"n_batch": self.n_batch, **own}
 
     def positions(self, chunk: Chunk, leg: str) -> np.ndarray:
-        """Which positions of a chunk are scored, int [n], rising: the token behind each is what is predicted."""
+        """Which positions of a chunk are scored: the token behind each is what is predicted.
+
+        Args:
+            chunk: Tokens, and which of them are of interest.
+            leg: "prompt" or "decode".
+
+        Returns:
+            int of shape [n], rising.
+        """
         n_ctx = len(chunk.tokens)
         wanted = chunk.scored.copy()
         if leg == PROMPT:

@@ -18,39 +18,59 @@ _DIGITS = re.compile(r"(?<=\.F32)-[0-9a-f]{12}$")  # see weights.py
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A cache in one leg of one text and context; KLD is in nats, an error is a standard error (None: not known).
+    """A cache in one leg of one text and context, as ``llamamix eval`` measured it.
 
-    llamamix, library     version of the package, and the first digits of the library's SHA-256
-    cpu_info              device
-    model_filename        name of the model's file
-    model_type            architecture, size and type
-    model_size            bytes of all tensors
-    model_sha256          of that file
-    text                  prose, code, recall or a file's name
-    text_source           where it is from
-    text_sha256           of the text
-    n_ctx                 tokens of a context, and cells of the cache
-    leg                   prompt or decode
-    n_decode, stride      as asked for
-    n_chunks, n_positions contexts, and positions that were scored in all of them
-    n_batch, n_ubatch     the most tokens in a call and in a graph
-    n_threads             threads
-    flash_attn            on, off or auto
-    reference             type of the cache that this one is compared with
-    role                  reference, noise, cache or ablation
-    cache                 name of the configuration
-    type_k, type_v        ggml types (of the hot rows when the cache is a mixed one)
-    kv_mixed              the mixed KV cache's parameters in force, None: a plain cache
-    rotation              False: rows were not rotated before they were quantised
-    kv_bytes              bytes of the cache, all in
-    f16_bytes             bytes of an F16 cache of as many cells
-    kld_mean, ...         Kullback-Leibler divergence of the next token from the reference's: mean, median, the values
-                          below which 99 % and 99.9 % of all are, the largest; None: this is the reference
-    same_top              share of positions where the most likely token is the reference's, likewise
-    ppl                   perplexity
-    ppl_ratio             as a multiple of the reference's, likewise
-    lookup_distances      of every value that was looked up: how many tokens before it had come
-    lookup_found          1 where it was found, 0 where not
+    Kullback-Leibler divergences are of the next token's distribution from the reference's, Σ p (ln p − ln q), in nats,
+    over all positions that were scored; an error is a standard error, None: not known. [How they are
+    measured](../fidelity.md#what-is-measured).
+
+    Attributes:
+        llamamix: Version of the package.
+        library: The first digits of the library's SHA-256.
+        cpu_info: The processor.
+        model_filename: Name of the model's file.
+        model_type: Architecture, size and type.
+        model_size: Bytes of all tensors.
+        model_sha256: Of the model's file.
+        text: "prose", "code", "recall" or a file's name.
+        text_source: Where it is from.
+        text_sha256: Of the text.
+        n_ctx: Tokens of a context, and cells of the cache.
+        leg: "prompt" or "decode".
+        n_decode: Tokens decoded one by one, as asked for.
+        stride: Every so many-th position of a prompt is scored, as asked for.
+        n_chunks: Contexts.
+        n_positions: Positions that were scored in all of them.
+        n_batch: The most tokens in a call.
+        n_ubatch: The most tokens in a graph.
+        n_threads: Threads.
+        flash_attn: "on", "off" or "auto".
+        reference: Type of the cache that this one is compared with.
+        role: "reference", "noise", "cache" or "ablation".
+        cache: Name of the configuration.
+        type_k: ggml type of K (of the hot rows when the cache is a mixed one).
+        type_v: ggml type of V, likewise.
+        kv_mixed: The mixed KV cache's parameters in force; None: a plain cache.
+        rotation: False: rows were not rotated before they were quantised.
+        kv_bytes: Bytes of the cache, all in.
+        f16_bytes: Bytes of an F16 cache of as many cells.
+        kld_mean: Mean divergence; None, as are the others: this is the reference.
+        kld_mean_err: Its error.
+        kld_median: Median divergence.
+        kld_median_err: Its error.
+        kld_p99: What 99 % of the divergences are below.
+        kld_p99_err: Its error.
+        kld_p999: What 99.9 % of the divergences are below.
+        kld_p999_err: Its error.
+        kld_max: The largest divergence.
+        same_top: Share of positions where the most likely token is the reference's.
+        same_top_err: Its error.
+        ppl: Perplexity.
+        ppl_err: Its error.
+        ppl_ratio: Perplexity as a multiple of the reference's.
+        ppl_ratio_err: Its error.
+        lookup_distances: Of every value that was looked up: how many tokens before it had come.
+        lookup_found: 1 where it was found, 0 where not.
     """
 
     llamamix: str
@@ -133,7 +153,12 @@ def unique(rows: Iterable[Row]) -> list[Row]:
 def read_records(path: str | os.PathLike[str]) -> list[Row]:
     """The rows of a recorded evaluation.
 
-    Raises EvalError, which names the line, when the file is no recording or is damaged, and OSError.
+    Args:
+        path: The file, as ``llamamix eval -o jsonl`` or ``--jsonl`` writes it.
+
+    Raises:
+        EvalError: When the file is no recording or is damaged, with the line.
+        OSError: When it can not be read.
     """
     return rows.read_rows(path, _read, "recorded evaluation", "measurements", EvalError)
 

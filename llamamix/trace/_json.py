@@ -27,7 +27,14 @@ class Record:
 
     @classmethod
     def from_json(cls: type[_R], line: str) -> _R:
-        """What to_json() gave. Raises ValueError for anything else."""
+        """What to_json() gave.
+
+        Args:
+            line: A line of JSON.
+
+        Raises:
+            ValueError: For anything else.
+        """
         data = parse(line)
         if data.pop("record") != cls.RECORD:
             raise ValueError(f"this is no {cls.RECORD}")

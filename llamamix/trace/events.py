@@ -10,7 +10,9 @@ from ._json import Record
 
 
 class EventKind(str, Enum):
-    """What happened; the names are those of ``enum llama_kv_mixed_event_kind``."""
+    """What happened, as [the trace](../trace.md#events) says; the names are those of ``enum
+    llama_kv_mixed_event_kind``.
+    """
 
     INIT = "init"
     TRIGGER = "trigger"
@@ -37,12 +39,16 @@ class Trigger(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class LayerError:
-    """What quantisation did to one layer's rows in a migration.
+    """What quantisation did to one layer's rows in a migration: the values that were stored against those before.
 
-    il              the layer
-    rmse_k, rmse_v  root of the mean squared difference of the values
-    max_k, max_v    the largest difference
-    rms_k, rms_v    root of the mean squared value before
+    Attributes:
+        il: The layer.
+        rmse_k: Root of the mean squared difference of the values of K.
+        max_k: The largest difference of a value of K.
+        rmse_v: Root of the mean squared difference of the values of V.
+        max_v: The largest difference of a value of V.
+        rms_k: Root of the mean squared value of K before.
+        rms_v: Root of the mean squared value of V before.
     """
 
     il: int
@@ -58,22 +64,32 @@ class LayerError:
 class Event(Record):
     """Something that a mixed KV cache did.
 
-    id                    0, 1, 2, ... since the trace began; a gap is records that the ring lost
-    t                     seconds since the trace began
-    kind                  what happened
-    trigger               why tokens move (TRIGGER, MIGRATE, FAIL), else None
-    stream                the stream, None: all of them
-    seq_ids               the sequences concerned
-    pos_min, pos_max      positions that move, both included; of SEQ_*: p0 and p1 as they were given, [p0, p1); None: -1
-    n_tokens              the tokens concerned
-    hot_used, hot_size    cells of the stream (of all, when it is None) after the event
-    cold_used, cold_size  the same of cold
-    duration              seconds that a migration took, without measuring its error
-    bytes_in, bytes_out   bytes of the rows before and after a migration
-    rmse_k, rmse_v        error of the rows that moved, over all layers; None: not measured, or they were not finite
-    max_k, max_v          the largest difference of a value
-    rms_k, rms_v          root of the mean squared value before, what the error is to be compared with
-    layers                the same layer by layer, when the trace keeps that
+    Attributes:
+        id: 0, 1, 2, ... since the trace began; a gap is records that the ring lost.
+        t: Seconds since the trace began.
+        kind: What happened.
+        trigger: Why tokens move (TRIGGER, MIGRATE, FAIL), else None.
+        stream: The stream; None: all of them.
+        seq_ids: The sequences concerned.
+        pos_min: First position that moves; of SEQ_*: p0 as it was given. None: there is none, or it was -1.
+        pos_max: Last position that moves, included; of SEQ_*: p1 as it was given, excluded. None: there is none, or it
+            was -1.
+        n_tokens: The tokens concerned.
+        hot_used: Hot cells of the stream (of all, when it is None) in use after the event.
+        hot_size: Hot cells of the stream.
+        cold_used: Cold cells in use after the event.
+        cold_size: Cold cells.
+        duration: Seconds that a migration took, without measuring its error.
+        bytes_in: Bytes of the rows before a migration.
+        bytes_out: Bytes of the rows after it.
+        rmse_k: Root of the mean squared difference of the values of K that moved, over all layers; None: not measured,
+            or they were not finite. So are the next five.
+        max_k: The largest difference of a value of K.
+        rmse_v: Like ``rmse_k``, of V.
+        max_v: Like ``max_k``, of V.
+        rms_k: Root of the mean squared value of K before, what the error is to be compared with.
+        rms_v: Like ``rms_k``, of V.
+        layers: The same layer by layer, when the trace keeps that.
     """
 
     RECORD: ClassVar[str] = "event"

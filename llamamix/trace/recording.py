@@ -25,12 +25,14 @@ class TraceError(LlamamixError):
 class Header(Record):
     """What was traced.
 
-    format, version  of the file
-    llamamix         version of the package that wrote it
-    model            the model's name, None: there was none
-    kv_mixed         the mixed KV cache's parameters in force, as text
-    n_ctx            tokens of context
-    cache            the cache as the trace began
+    Attributes:
+        format: Of the file: "llamamix-trace".
+        version: Of the format.
+        llamamix: Version of the package that wrote it.
+        model: The model's name; None: there was none.
+        kv_mixed: The mixed KV cache's parameters in force, as text.
+        n_ctx: Tokens of context; None: the cache was driven by hand.
+        cache: The cache as the trace began.
     """
 
     RECORD: ClassVar[str] = "header"
@@ -48,11 +50,15 @@ class Header(Record):
 class Progress(Record):
     """How far a run has come.
 
-    t                    seconds since the trace began
-    n_in, n_out          tokens of the prompt, and tokens generated
-    hot_used, cold_used  cells
-    prefill, decode      tokens per second so far, 0: none yet
-    text                 what was generated since the last progress
+    Attributes:
+        t: Seconds since the trace began.
+        n_in: Tokens of the prompt that were computed.
+        n_out: Tokens generated.
+        hot_used: Hot cells in use.
+        cold_used: Cold cells in use.
+        prefill: Tokens of the prompt per second so far, 0: none yet.
+        decode: Tokens generated per second so far, 0: none yet.
+        text: What was generated since the last progress.
     """
 
     RECORD: ClassVar[str] = "progress"
@@ -71,9 +77,10 @@ class Progress(Record):
 class End(Record):
     """The end of a run.
 
-    t            seconds since the trace began
-    n_dropped    records that the ring lost
-    interrupted  True when it was ended before it was done
+    Attributes:
+        t: Seconds since the trace began.
+        n_dropped: Records that the ring lost.
+        interrupted: True when it was ended before it was done.
     """
 
     RECORD: ClassVar[str] = "end"
@@ -87,9 +94,17 @@ _TYPES: dict[str, type] = {cls.RECORD: cls for cls in (Header, Event, Progress, 
 
 
 def read_recording(path: str | os.PathLike[str]) -> tuple[Header, Iterator[Event | Progress | End]]:
-    """The header of a file, and its records one after the other; the last is the End.
+    """Read a recorded run.
 
-    Both raise TraceError, which names the line, when the file is no recording or is damaged, and OSError.
+    Args:
+        path: The file.
+
+    Returns:
+        Its header, and an iterator over its records, which reads them one after the other; the last is the End.
+
+    Raises:
+        TraceError: At once or while it is iterated: when the file is no recording or is damaged, with the line.
+        OSError: When it can not be read.
     """
     records: Any = _records(path)
     return next(records), records

@@ -49,14 +49,22 @@ _running: weakref.WeakValueDictionary[int, Trace] = weakref.WeakValueDictionary(
 class Trace:
     """What a mixed KV cache does, from ``with`` (or start()) until the end of the block (or stop()).
 
-    cache          a Context or a MixedKVCache
-    n_max          the most records that wait to be read; the oldest make way
-    log            also write the records to the log of this package, as text
-    measure_error  measure the quantisation error of what moves, which takes time
-    layers         keep it by layer as well
-
     read() and stop() may be called from another thread than the one that decodes, which they do not wait for. A cache
     has one trace at a time.
+
+    Args:
+        cache: A Context or a MixedKVCache.
+        n_max: The most records that wait to be read, 1 or more; the oldest make way.
+        log: Also write the records to the log of this package, as text.
+        measure_error: Measure the quantisation error of what moves, which takes about ten times as long as to move it.
+        layers: Keep it by layer as well.
+
+    Attributes:
+        params (KVMixedParams): The cache's parameters in force, when it has begun.
+        cache (CacheStats): The cache as the trace began.
+
+    Raises:
+        ParamsError: For an ``n_max`` that can not be used.
     """
 
     def __init__(
@@ -102,7 +110,8 @@ class Trace:
     def start(self) -> None:
         """Begin. What an earlier start() recorded is gone.
 
-        Raises ContextError when there is no mixed KV cache, and when it has a trace already.
+        Raises:
+            ContextError: When there is no mixed KV cache, and when it has a trace already.
         """
         # a decode is waited for: the first record tells the state of the cache
         with self._handle as pointer, self._lock:
@@ -156,7 +165,14 @@ class Trace:
         return int(self._c_dropped[0])
 
     def read(self) -> list[Event]:
-        """Take the events since the last call, oldest first. Raises ContextError when the context is closed."""
+        """Take the events since the last call.
+
+        Returns:
+            The events, oldest first.
+
+        Raises:
+            ContextError: When the trace has not begun, and when what was traced is closed.
+        """
         self._handle.check_process()
         with self._lock, self._handle.guard() as pointer:
             if self._memory is None:

@@ -75,7 +75,7 @@ def test_signatures_are_those_of_the_parameter_classes(cls: type, params: type, 
     assert [(parameter.name, parameter.default, parameter.annotation) for parameter in given] == declared
     for parameter in given:  # what help() shows
         for documented in (cls, params):
-            assert re.search(rf"^    (\w+, )?{parameter.name}\b", documented.__doc__ or "", re.MULTILINE), (
+            assert re.search(rf"^ {{4,8}}{parameter.name}: \S", documented.__doc__ or "", re.MULTILINE), (
                 parameter.name
             )
 
