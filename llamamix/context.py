@@ -36,7 +36,8 @@ class Context(Decoder):
     n_threads        threads for single tokens, None: as many as this process may use
     n_threads_batch  threads for batches, None: n_threads
     flash_attn       auto, on or off
-    type_k, type_v   ggml types of the cache's rows (of the hot rows when it is a mixed one)
+    type_k, type_v   ggml types of the cache's rows; of the hot rows when it is a mixed one, but for a quantised type: that
+                     is the one of cold rows then, unless ``kv_mixed`` names another, and hot ones are f16
     kv_unified       one buffer shared by all sequences; False: n_ctx is divided between them
     offload_kqv      keep the KV cache and its operations on the GPU
     op_offload       compute large operations on weights in host memory on the GPU
@@ -46,7 +47,7 @@ class Context(Decoder):
     rope_freq_base   0: from the model
     rope_freq_scale  0: from the model
     kv_mixed         the mixed KV cache: True for its defaults (with embeddings: a plain one), KVMixedParams, a text
-                     such as "hot=256,cold=q8_0", or False for a plain one. LLAMA_KV_MIXED has no say here.
+                     such as "hot=256,cold=q8_0", or False or None for a plain one. LLAMA_KV_MIXED has no say here.
 
     ``params`` has what was given as ContextParams. One thread uses a context at a time, others wait. close() (or the
     end of a ``with`` block) frees it.
@@ -75,7 +76,7 @@ class Context(Decoder):
         pooling: Literal["unspecified", "none", "mean", "cls", "last", "rank"] = "unspecified",
         rope_freq_base: float = 0.0,
         rope_freq_scale: float = 0.0,
-        kv_mixed: KVMixedParams | bool | str = True,
+        kv_mixed: KVMixedParams | bool | str | None = True,
     ) -> None:
         params = ContextParams(
             n_ctx=n_ctx,
