@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from typing import Any
 
 import pytest
 from helpers.processes import environment, find_program, library_dir
+from helpers.tiny_model import write_tiny_model
 
-from llamamix import PRESETS, Context, KVMixedParams, Model
+from llamamix import PRESETS, Context, KVMixedParams, Model, ParamsError
 from llamamix.params import resolve_kv_mixed
+from llamamix.server import Server
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
@@ -27,7 +30,7 @@ COMPLETE = ("-c", 1024, "-t", 1, "-n", 4, "-p", "the of and", "-no-cnv", "--temp
 
 def run(program: str, *args: object, **variables: str | None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        list(map(str, [find_program(program), *args])), env=environment(**variables), capture_output=True, text=True,
+        list(map(str, [find_program(program), *args])), env=environment(**variables), capture_output=True, text=True, errors="replace",
         timeout=300, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
@@ -106,7 +109,7 @@ def test_which_one_wins(tiny_model_path: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["hot=many", "fast", "off,hot=3", "hot=0"])
 def test_a_mistake_is_refused_with_its_reason(tiny_model_path: Path, spec: str) -> None:
-    with pytest.raises(Exception) as raised:  # noqa: B017, PT011
+    with pytest.raises(ParamsError) as raised:
         KVMixedParams.parse(spec)
     reason = str(raised.value).split(": ", 1)[1].rstrip(".")
     for program in ("llama-completion", "llama-server", "llama-perplexity", "llama-bench"):
@@ -144,7 +147,7 @@ def bench(model: Path, *args: object, **variables: str | None) -> list[dict[str,
     ("args", "expected"),
     [
         (["off,hot=16"], None),  # "off" has no parameters
-        (["off,on"], ["off", "hot=32,cold=iq4_nl"]),
+        (["off,on"], ["off", "hot=256,cold=iq4_nl"]),  # no more than the context
         (["off,memory,hot=8,quality,hot=16"], ["off", "hot=8,cold=iq4_nl", "hot=16,cold_k=q5_0,cold_v=iq4_nl"]),
         (["hot=8;hot=16,cold=q8_0;off"], ["hot=8,cold=iq4_nl", "hot=16,cold=q8_0", "off"]),
         (["hot=8", "--kv-mixed", "0"], ["hot=8,cold=iq4_nl", "off"]),
@@ -161,8 +164,6 @@ def test_bench_multiplies_its_values(tiny_model_path: Path, args: list[str], exp
 
 
 def test_bench_says_why_there_is_no_context(tmp_path: Path) -> None:
-    from helpers.tiny_model import write_tiny_model
-
     model = write_tiny_model(tmp_path / "narrow.gguf", head_size=48)  # no multiple of 32
     done = run("llama-bench", "-m", model, "-p", 32, "-n", 0, "--kv-mixed", "hot=16")
     assert done.returncode == 1
@@ -252,14 +253,14 @@ def test_in_llama_cpp_python(tiny_model_path: Path) -> None:
     ],
 )
 def test_hot_for_sequences_that_share_it(
-    tiny_model_path: Path, tiny_model: Model, n_ctx: int, n_parallel: int, spec: str, hot: int
+    tiny_model: Model, caplog: pytest.LogCaptureFixture, n_ctx: int, n_parallel: int, spec: str, hot: int
 ) -> None:
     params = {"n_ctx": n_ctx, "n_seq_max": n_parallel, "kv_unified": True}
-    with Context(tiny_model, kv_mixed=spec, **params) as context:
+    with caplog.at_level(logging.INFO, "llamamix"), Context(tiny_model, kv_mixed=spec, **params) as context:
         stats = context.stats
     assert (stats.hot_size, stats.hot_size + stats.cold_size) == (hot, n_ctx)
 
-    lines = complete(tiny_model_path, "-c", n_ctx, "-np", n_parallel, "-kvu", "--kv-mixed", spec)
+    lines = [text for text in caplog.messages if text.startswith("llama_kv_mixed: ")]
     if n_parallel == 1:
         assert "share" not in lines[0]
         return
@@ -273,17 +274,15 @@ def test_hot_for_sequences_that_share_it(
         assert "for each of them" not in lines[0]
 
 
-def test_streams_have_their_own_hot(tiny_model_path: Path, tiny_model: Model) -> None:
-    with Context(tiny_model, n_ctx=8192, n_seq_max=4, kv_unified=False, kv_mixed=True) as context:
+def test_streams_have_their_own_hot(tiny_model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    params = {"n_ctx": 8192, "n_seq_max": 4, "kv_unified": False, "kv_mixed": True}
+    with caplog.at_level(logging.INFO, "llamamix"), Context(tiny_model, **params) as context:
         assert context.stats.hot_size == 4 * 512
-    lines = complete(tiny_model_path, "-c", 8192, "-np", 4, "-no-kvu", "--kv-mixed", "1")
-    assert "512 hot cells of f16, 1536 cold cells of iq4_nl, for each of 4 sequences; " in lines[0]
+    assert "512 hot cells of f16, 1536 cold cells of iq4_nl, for each of 4 sequences; " in caplog.text
 
 
 def test_the_default_of_llama_server(tiny_model_path: Path) -> None:
     """Four slots and one unified cache, unless asked otherwise."""
-    from llamamix.server import Server
-
     log: list[str] = []
     flags = ["-m", str(tiny_model_path), "-c", "8192", "-t", "1", "--port", "0", "--no-warmup"]
     with Server(flags, KVMixedParams(), program=find_program("llama-server"), on_line=log.append) as server:

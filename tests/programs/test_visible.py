@@ -37,7 +37,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     command = [find_program(program), "-m", model, *args]
     result = subprocess.run(
-        list(map(str, command)), env=environment(**variables), capture_output=True, text=True, timeout=300,
+        list(map(str, command)), env=environment(**variables), capture_output=True, text=True, errors="replace", timeout=300,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert result.returncode == code, result.stderr[-2000:]
@@ -46,7 +46,7 @@ def run(
 
 def complete(model: Path, *args: object, n_prompt_words: int = 60, **variables: str | None) -> str:
     """The log of llama-completion of a prompt and eight more tokens."""
-    prompt = "the " * n_prompt_words
+    prompt = " ".join(["the"] * n_prompt_words)
     flags = ("-c", N_CTX, "-t", 1, "-n", 8, "-p", prompt, "-no-cnv", "--temp", 0, "--no-warmup")
     return run("llama-completion", model, *flags, *args, **variables).stderr
 
@@ -76,7 +76,7 @@ def test_a_line_at_the_beginning_and_at_the_end(tiny_model_path: Path, tiny_mode
     # 101 tokens of the prompt (BOS is one), 7 of the 8 that follow are decoded
     pattern = r"the mixed KV cache ends: (\d+) of 64 hot and (\d+) of 448 cold cells in use; (\d+) migrations moved (\d+) tokens"
     hot, cold, migrations, moved = map(int, re.match(pattern, end).groups())
-    assert (hot + cold, cold, migrations) == (108, moved, moved // 16) and moved > 0
+    assert (hot + cold, cold, migrations) == (108, moved, -(-moved // 16)) and moved > 0
     assert end.endswith(size)
 
 
@@ -118,7 +118,7 @@ def test_variables_without_one(tiny_model_path: Path) -> None:
 def test_version(tiny_model_path: Path) -> None:
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     for program in ("llama-server", "llama-completion", "llama-perplexity", "llama-bench"):
-        done = subprocess.run([find_program(program), "--version"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([find_program(program), "--version"], capture_output=True, text=True, errors="replace", timeout=60)
         assert f"llamamix: {version}\n" in done.stderr + done.stdout
 
 
@@ -142,21 +142,23 @@ def check_trace(log: str, level: int) -> None:
     moves = [line for line in lines if line.startswith("[MIXED_CACHE] Moving ")]
     tokens = [line for line in lines if line.startswith("[MIXED_CACHE] Quantizing token ")]
     assert len(moves) >= 3
+    counts = [int(line.split()[2]) for line in moves]
+    assert max(counts) == 16  # of hot=64 with group=16; fewer where new tokens leave fewer that can move
     if level == 1:
         assert lines[1:] == moves
         pattern = (
-            r"\[MIXED_CACHE\] Moving 16 tokens to cold cache \(IQ4_NL quantization\): (threshold|room), "
+            r"\[MIXED_CACHE\] Moving \d+ tokens to cold cache \(IQ4_NL quantization\): (threshold|room), "
             r"positions (\d+) to (\d+), \d+ us, hot=(\d+)/64 \(\d+\.\d%\), cold=(\d+)/448 \(\d+\.\d%\)"
         )
-        for i, line in enumerate(moves):
+        n_moved = 0
+        for line, n in zip(moves, counts, strict=True):
             _, first, last, hot, cold = re.fullmatch(pattern, line).groups()
-            # sinks stay
-            assert (int(first), int(last), int(cold)) == (4 + 16 * i, 19 + 16 * i, 16 * (i + 1))
-            assert int(hot) <= 64
+            assert (int(first), int(last)) == (4 + n_moved, 4 + n_moved + n - 1)  # the sinks stay
+            n_moved += n
+            assert int(cold) == n_moved and int(hot) <= 64
     else:
-        assert moves == ["[MIXED_CACHE] Moving 16 tokens to cold cache (IQ4_NL quantization)"] * len(moves)
-        expected = [f"[MIXED_CACHE] Quantizing token {i}: FP16 -> IQ4_NL" for i in range(16)]
-        assert tokens == expected * len(moves)
+        assert moves == [f"[MIXED_CACHE] Moving {n} tokens to cold cache (IQ4_NL quantization)" for n in counts]
+        assert tokens == [f"[MIXED_CACHE] Quantizing token {i}: FP16 -> IQ4_NL" for n in counts for i in range(n)]
         assert sum("quantization completed" in line for line in lines) == len(moves)
 
 
@@ -255,7 +257,8 @@ def test_server_log_and_endpoints(serve: Callable[..., Client], tiny_model: Mode
     after = client.metrics()
     used = {name: after[f"kv_mixed_{name}_cells_used"] for name in ("hot", "cold")}
     assert sum(used.values()) == 100 + 8  # the last token has not been decoded
-    assert after["kv_mixed_tokens_moved_total"] == used["cold"] == 16 * after["kv_mixed_migrations_total"]
+    assert after["kv_mixed_tokens_moved_total"] == used["cold"]
+    assert after["kv_mixed_migrations_total"] == -(-used["cold"] // 16)  # of no more than that each
     assert used["cold"] > 0 and used["hot"] <= 64
     assert (after["kv_mixed_hot_cells"], after["kv_mixed_cold_cells"]) == (64, 448)
     assert after["kv_mixed_bytes"] == props["bytes"] and after["kv_mixed_plain_bytes"] == props["bytes_plain"]
@@ -289,7 +292,7 @@ def test_a_plain_server_shows_nothing(serve: Callable[..., Client]) -> None:
 
 def test_slots_have_their_own_numbers(serve: Callable[..., Client]) -> None:
     for flags, n_hot in ((("-kvu",), 64), ((), 128)):  # one hot for both, or one each
-        client = serve("-np", 2, *flags, n_ctx=1024)
+        client = serve("-np", 2, *flags, "--no-cache-idle-slots", n_ctx=1024)
         for slot, n_prompt in enumerate((30, 200)):
             client.get("/completion", prompt=[1] * n_prompt, n_predict=1, id_slot=slot, cache_prompt=True)
         slots = [slot["kv_mixed"] for slot in client.get("/slots")]

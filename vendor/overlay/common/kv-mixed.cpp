@@ -40,14 +40,23 @@ common_arg common_kv_mixed_arg() {
     ).set_env("LLAMA_ARG_KV_MIXED");
 }
 
-int common_kv_mixed_log_verbosity(ggml_log_level level, const char * text) {
+bool common_kv_mixed_log(ggml_log_level level, const char * text) {
     static const char prefix[] = "llama_kv_mixed: ";
 
-    if (level == GGML_LOG_LEVEL_INFO && strncmp(text, prefix, sizeof(prefix) - 1) == 0) {
-        return LOG_LEVEL_INFO;
+    if (level != GGML_LOG_LEVEL_INFO || strncmp(text, prefix, sizeof(prefix) - 1) != 0) {
+        return false;
     }
 
-    return common_log_get_verbosity(level);
+    if (common_log_get_verbosity_thold() >= LOG_LEVEL_INFO) {
+        common_log_add(common_log_main(), level, "%s", text);
+
+        // the last line of most programs, which do not wait for it
+        if (strstr(text, " ends: ")) {
+            common_log_flush(common_log_main());
+        }
+    }
+
+    return true;
 }
 
 std::string common_kv_mixed_banner(const common_json & props) {

@@ -14,9 +14,9 @@ class  common_json;
 // --kv-mixed
 common_arg common_kv_mixed_arg();
 
-// The verbosity at which a line of libllama is shown: common_log_get_verbosity(), but for lines about the mixed cache, which
-// are shown where the program's own are.
-int common_kv_mixed_log_verbosity(ggml_log_level level, const char * text);
+// A line of libllama's log. Those about the mixed cache are shown where the program's own are, while those of libllama need a
+// higher verbosity. False: it is not one of them.
+bool common_kv_mixed_log(ggml_log_level level, const char * text);
 
 // a line about the cache for a banner, after a newline; nothing where the server's properties name no mixed cache
 std::string common_kv_mixed_banner(const common_json & props);

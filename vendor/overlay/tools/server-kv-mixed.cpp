@@ -3,7 +3,11 @@
 #include <cmath>
 #include <string>
 
-void server_kv_mixed::update(llama_context * ctx) {
+void server_kv_mixed::update(llama_context * ctx, bool is_decoding) {
+    if (is_decoding) {
+        return;
+    }
+
     stats.struct_size = sizeof(stats);
 
     is_mixed = ctx && llama_kv_mixed_get_stats(llama_get_memory(ctx), &stats) == 0;

@@ -15,7 +15,8 @@
 // What the server's mixed cache holds and has done. It is a copy, taken between batches by the thread that decodes: /metrics and
 // /slots are answered by other threads while a batch is computed.
 struct server_kv_mixed {
-    void update(llama_context * ctx);
+    // is_decoding: a batch is being computed, so nothing changes
+    void update(llama_context * ctx, bool is_decoding);
 
     // as Prometheus reads them, nothing where the cache is a plain one
     void add_metrics(std::ostream & out) const;
