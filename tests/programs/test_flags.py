@@ -163,6 +163,23 @@ def test_bench_multiplies_its_values(tiny_model_path: Path, args: list[str], exp
     assert len(rows) == 2 * len(expected)
 
 
+def test_bench_fills_each_cache_by_itself(tiny_model_path: Path) -> None:
+    """llama-bench keeps the state of a depth for the next test, and a cache would get tokens as another one divides them."""
+    flags = ("-p", 100, "-n", 0, "-d", 300, "-r", 2, "-t", 1, "--no-warmup", "--kv-mixed", "hot=64;hot=128")
+    done = run("llama-bench", "-m", tiny_model_path, *flags, LLAMA_KV_MIXED_TRACE="1")
+    assert done.returncode == 0, done.stderr
+    moved = []  # by the cells of hot, and tokens
+    for line in done.stderr.splitlines():
+        if "initialized" in line:
+            moved.append([int(re.search(r"hot=0/(\d+)", line)[1]), 0])
+        elif line.startswith("[MIXED_CACHE] Moving "):
+            moved[-1][1] += int(line.split()[2])
+    assert [n_hot for n_hot, _ in moved] == [64, 128]
+    for n_hot, n_tokens in moved:
+        # the depth once, as the second repetition gets the state of the first, and the prompt's room twice
+        assert 300 - n_hot + 200 <= n_tokens <= 500
+
+
 def test_bench_says_why_there_is_no_context(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "narrow.gguf", head_size=48)  # no multiple of 32
     done = run("llama-bench", "-m", model, "-p", 32, "-n", 0, "--kv-mixed", "hot=16")
@@ -185,7 +202,7 @@ def test_a_quantised_cache_type_is_that_of_cold(tiny_model_path: Path, flash: st
 
 def test_a_cold_type_in_the_spec_wins(tiny_model_path: Path) -> None:
     lines = complete(tiny_model_path, "-ctk", "q8_0", "-ctv", "q8_0", "--kv-mixed", "cold_k=q4_0")
-    assert lines[0].startswith("the cache type q8_0 of K has no say: its cold rows are q4_0")
+    assert lines[0].startswith("the cache type q8_0 of K is not used: the parameters of the mixed cache name q4_0 for its cold rows")
     assert lines[1] == "the cache type q8_0 of V is that of its cold rows, the others are f16"
     assert cells(lines) == (512, "K q4_0, V q8_0")
 

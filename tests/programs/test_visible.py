@@ -223,12 +223,12 @@ class Client:
 def serve(tiny_model_path: Path) -> Iterator[Callable[..., Client]]:
     running = []
 
-    def start(*args: object, spec: str | None = SPEC, n_ctx: int = N_CTX) -> Client:
+    def start(*args: object, spec: str | None = SPEC, n_ctx: int = N_CTX, **variables: str) -> Client:
         log: list[str] = []
         flags = ["-m", tiny_model_path, "-c", n_ctx, "-t", 1, "-tb", 1, "--port", 0, "--no-warmup", "--metrics", *args]
         server = Server(
             list(map(str, flags)), spec and KVMixedParams.parse(spec), program=find_program("llama-server"),
-            on_line=log.append,
+            environment=variables, on_line=log.append,
         )  # fmt: skip
         running.append(server)
         return Client(server.wait_ready(DEADLINE), log, server.stop)
@@ -279,6 +279,14 @@ def test_server_log_and_endpoints(serve: Callable[..., Client], tiny_model: Mode
     begin, end = ours("\n".join(client.log))
     assert begin.startswith("mixed KV cache: 64 hot cells of f16, 448 cold cells of iq4_nl; ")
     assert f"{used['hot']:.0f} of 64 hot and {used['cold']:.0f} of 448 cold cells in use" in end
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_trace_in_the_server(serve: Callable[..., Client], level: int) -> None:
+    client = serve("-np", 1, LLAMA_KV_MIXED_TRACE=f"{level}")
+    client.get("/completion", prompt=[1, *range(10, 109)], n_predict=9)
+    client.stop()
+    check_trace("\n".join(client.log), level)
 
 
 def test_a_plain_server_shows_nothing(serve: Callable[..., Client]) -> None:

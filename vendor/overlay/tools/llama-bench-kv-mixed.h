@@ -111,8 +111,16 @@ static std::vector<T> bench_kv_mixed_multiply(const std::vector<T> & insts) {
     return res;
 }
 
-// the contexts that follow are those of a test; forgets the error of an earlier one
-static void bench_kv_mixed_select(const std::string & spec) {
+// The contexts that follow are those of a test. Forgets the error of an earlier one; and the state that was kept of an earlier one
+// (depth 0: there is none), when its cache was another one: tokens would be hot and cold as they were there.
+static void bench_kv_mixed_select(const std::string & spec, int & depth) {
+    static std::string spec_kept;
+
+    if (spec != spec_kept) {
+        depth     = 0;
+        spec_kept = spec;
+    }
+
     llama_kv_mixed_set_default(bench_kv_mixed_specs.empty() ? nullptr : spec.c_str());
 }
 

@@ -110,7 +110,7 @@ void llama_kv_mixed_take_types(ggml_type & type_k, ggml_type & type_v) {
         if (side.cold == LLAMA_KV_MIXED_TYPE_AUTO) {
             LLAMA_LOG_INFO("llama_kv_mixed: the cache type %s of %c is that of its cold rows, the others are f16\n", ggml_type_name(side.type), side.name);
         } else {
-            LLAMA_LOG_INFO("llama_kv_mixed: the cache type %s of %c has no say: its cold rows are %s, as the parameters of the mixed cache tell, the others f16\n",
+            LLAMA_LOG_INFO("llama_kv_mixed: the cache type %s of %c is not used: the parameters of the mixed cache name %s for its cold rows, the others are f16\n",
                 ggml_type_name(side.type), side.name, ggml_type_name((ggml_type) side.cold));
         }
 
