@@ -220,15 +220,23 @@ def test_in_bench_and_in_python(tiny_model_path: Path, tiny_model: Model) -> Non
         assert context.stats is None
 
 
-def test_the_same_logits_by_either_way(tiny_model: Model) -> None:
+@pytest.mark.parametrize("arch", ["llama", "gemma4", "lfm2"])
+def test_the_same_logits_by_either_way(tmp_path: Path, arch: str) -> None:
+    """With layers that have a sliding window or are recurrent as well: what is not cold is F16."""
     tokens = [1, *range(10, 310)]
-    logits = []
-    for params in ({"type_k": "q8_0", "type_v": "q4_0", "kv_mixed": "hot=64"}, {"kv_mixed": "hot=64,cold_k=q8_0,cold_v=q4_0"}):
-        with Context(tiny_model, n_ctx=512, n_threads=1, **params) as context:
-            context.decode(tokens)
-            assert context.stats.cold_used > 200
-            logits.append(context.logits[-1].tobytes())
-    assert logits[0] == logits[1]
+    ways: list[dict[str, Any]] = [
+        {"type_k": "q8_0", "type_v": "q4_0", "kv_mixed": "hot=64"},
+        {"kv_mixed": "hot=64,cold_k=q8_0,cold_v=q4_0"},
+    ]
+    found = []
+    with Model(write_tiny_model(tmp_path / "tiny.gguf", arch=arch, n_layer=4, n_embd=256)) as model:
+        for params in ways:
+            with Context(model, n_ctx=512, n_threads=1, **params) as context:
+                context.decode(tokens)
+                stats = context.stats
+                assert stats.cold_used > 200
+                found.append((context.logits[-1].tobytes(), stats.bytes_hot, stats.bytes_cold, stats.bytes_rest))
+    assert found[0] == found[1]
 
 
 LLAMA_CPP = """
