@@ -86,6 +86,36 @@ static bool bench_kv_mixed_in_use() {
     });
 }
 
+// the width of a field in a table: of its name, or of the longest text that the caches may have
+static int bench_kv_mixed_width(const std::string & field) {
+    int res = field.length();
+
+    if (field != "kv_mixed") {
+        return res;
+    }
+
+    llama_kv_mixed_params params = {};
+    params.struct_size = sizeof(params);
+
+    const auto add = [&]() {
+        for (int32_t * type : { &params.type_cold_k, &params.type_cold_v }) {
+            *type = *type < 0 ? GGML_TYPE_IQ4_NL : *type;
+        }
+        res = std::max(res, llama_kv_mixed_params_format(&params, nullptr, 0));
+    };
+
+    if (bench_kv_mixed_specs.empty() && llama_kv_mixed_get_default(&params) == 1) {
+        add();
+    }
+    for (const auto & spec : bench_kv_mixed_specs) {
+        if (llama_kv_mixed_params_parse(spec.c_str(), &params) == 0) {
+            add();
+        }
+    }
+
+    return res;
+}
+
 // the tests with each of the caches; those of one model stay together, so that it is loaded once
 template <typename T>
 static std::vector<T> bench_kv_mixed_multiply(const std::vector<T> & insts) {
