@@ -42,7 +42,8 @@ class Context(Decoder):
         n_threads_batch: Threads for batches; None: ``n_threads``.
         flash_attn: "on", "off", or "auto": where it is possible.
         type_k: ggml type of the cache's rows of K, see [FORMATS][llamamix.formats.FORMATS]. In a mixed cache that of
-            the hot rows: "f16", "bf16" or "f32".
+            the hot rows: "f16", "bf16" or "f32"; a quantised one is that of the cold rows then, unless ``kv_mixed``
+            names another, and hot ones are F16.
         type_v: The same of V. A quantised one needs flash attention.
         kv_unified: True: one buffer that all sequences share; False: ``n_ctx`` is divided between them.
         offload_kqv: Keep the KV cache, and the operations on it, on the GPU.
@@ -54,7 +55,7 @@ class Context(Decoder):
         rope_freq_base: Base of RoPE's frequencies; 0: the model's.
         rope_freq_scale: Scale of RoPE's frequencies; 0: the model's.
         kv_mixed: The mixed KV cache: True for its defaults (with embeddings: a plain one), KVMixedParams, a text such
-            as ``"hot=256,cold=q8_0"`` or ``"quality"``, or False for a plain one. LLAMA_KV_MIXED has no say here.
+            as ``"hot=256,cold=q8_0"`` or ``"quality"``, or False or None for a plain one. LLAMA_KV_MIXED has no say here.
 
     Attributes:
         params (ContextParams): What was given.
@@ -94,7 +95,7 @@ class Context(Decoder):
         pooling: Literal["unspecified", "none", "mean", "cls", "last", "rank"] = "unspecified",
         rope_freq_base: float = 0.0,
         rope_freq_scale: float = 0.0,
-        kv_mixed: KVMixedParams | bool | str = True,
+        kv_mixed: KVMixedParams | bool | str | None = True,
     ) -> None:
         params = ContextParams(
             n_ctx=n_ctx,

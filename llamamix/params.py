@@ -102,6 +102,8 @@ def options_of(params: Any) -> dict[str, Any]:
 
 
 _TYPE_AUTO = -1
+_HOT_AUTO = 0  # in the C struct
+_N_HOT_SEQ = 512  # what hot="auto" gives a sequence
 
 
 def _resolve(cold: str) -> str:
@@ -113,7 +115,8 @@ class KVMixedParams:
     """How a mixed KV cache is shaped. [Presets][llamamix.PRESETS] have names for some of these.
 
     Args:
-        hot: Cells per stream that hold the newest tokens in the context's ``type_k`` and ``type_v`` (F16).
+        hot: Cells per stream that hold the newest tokens in the context's ``type_k`` and ``type_v`` (F16); "auto": 512 for
+            each of the sequences that share a stream, but no more than an eighth of its tokens, and no less than 512.
         cold: Format of the older tokens, a name of [FORMATS][llamamix.formats.FORMATS]; "auto": iq4_nl, or q4_0 where
             the device that holds them does not have that.
         cold_k: The same for K alone; None: ``cold``.
@@ -131,7 +134,7 @@ class KVMixedParams:
         ParamsError: For a value that can not be used.
     """
 
-    hot: int = 512
+    hot: int | Literal["auto"] = "auto"
     cold: str = "auto"
     cold_k: str | None = None
     cold_v: str | None = None
@@ -143,12 +146,13 @@ class KVMixedParams:
     attn: Literal["auto", "fused", "compose"] = "auto"
 
     def __post_init__(self) -> None:
-        _check_int(self, "hot", 1, _COUNT_MAX)
+        if self.hot != "auto":
+            _check_int(self, "hot", 1, _COUNT_MAX)
         _check_int(self, "group", 1, _COUNT_MAX)
         _check_int(self, "sink", 0, _COUNT_MAX)
         _check_int(self, "cold_size", 0, _COUNT_MAX)
-        if self.sink >= self.hot:
-            raise ParamsError(f"sink must be less than hot ({self.hot}), not {self.sink}.")
+        if self.sink >= self.n_hot:
+            raise ParamsError(f"sink must be less than hot ({self.n_hot}), not {self.sink}.")
         _check_float(self, "threshold")
         # what the library keeps is a float, so that is the value here too
         object.__setattr__(self, "threshold", float(str(np.float32(self.threshold))))
@@ -159,6 +163,11 @@ class KVMixedParams:
         for name, possible in (("cold", ("auto",)), ("cold_k", ("auto", None)), ("cold_v", ("auto", None))):
             if getattr(self, name) not in possible:
                 _check_name(self, name, FORMATS)
+
+    @property
+    def n_hot(self) -> int:
+        """Hot cells of a stream that one sequence has for itself."""
+        return _N_HOT_SEQ if self.hot == "auto" else self.hot
 
     @property
     def type_cold_k(self) -> str:
@@ -184,16 +193,19 @@ class KVMixedParams:
         Returns:
             ``(n_hot, n_cold)``.
         """
-        n_hot = min(self.hot, n_ctx_seq)
+        n_hot = min(self.n_hot, n_ctx_seq)
         return n_hot, self.cold_size or n_ctx_seq - n_hot
 
     @classmethod
-    def parse(cls, spec: str) -> KVMixedParams:
+    def parse(cls, spec: str) -> KVMixedParams | Any:
         """Read a text such as ``"hot=512,cold=q4_0"`` by the grammar of LLAMA_KV_MIXED.
 
         Args:
             spec: It may begin with the name of a preset, whose parameters the rest changes: ``"quality,hot=1024"``.
                 ``"1"`` and ``"on"`` are the defaults.
+
+        Returns:
+            None for ``"0"``, ``"off"`` and ``""``, which ask for a plain cache.
 
         Raises:
             ParamsError: For a text that is none, with the library's sentence.
@@ -203,9 +215,10 @@ class KVMixedParams:
                 f"The mixed KV cache's parameters must be a text such as 'hot=512,cold=q4_0', not {spec!r}."
             )
         c_params = sized("struct llama_kv_mixed_params *")
-        if lib.llama_kv_mixed_params_parse(spec.encode("utf-8", "replace"), c_params) != 0:
+        result = lib.llama_kv_mixed_params_parse(spec.encode("utf-8", "replace"), c_params)
+        if result < 0:
             raise ParamsError(f"kv_mixed can not be {spec!r}: {last_error()}.")
-        return cls.from_c(c_params)
+        return cls.from_c(c_params) if result == 0 else None
 
     def spec(self) -> str:
         """The text that parse() reads back to the same cache."""
@@ -222,7 +235,7 @@ class KVMixedParams:
         types = c_params.type_cold_k, c_params.type_cold_v
         k, v = ("auto" if type == _TYPE_AUTO else format_name(type) for type in types)
         return cls(
-            hot=c_params.n_hot,
+            hot="auto" if c_params.n_hot == _HOT_AUTO else c_params.n_hot,
             **({"cold": k} if k == v else {"cold_k": k, "cold_v": v}),
             group=c_params.n_group,
             threshold=c_params.threshold,
@@ -235,7 +248,7 @@ class KVMixedParams:
     def to_c(self) -> Any:
         """As a ``struct llama_kv_mixed_params *``."""
         c_params = sized("struct llama_kv_mixed_params *")
-        c_params.n_hot = self.hot
+        c_params.n_hot = _HOT_AUTO if self.hot == "auto" else self.hot
         c_params.n_cold = self.cold_size
         c_params.n_group = self.group
         c_params.n_sink = self.sink
@@ -248,17 +261,18 @@ class KVMixedParams:
         return c_params
 
 
-def resolve_kv_mixed(value: KVMixedParams | bool | str) -> KVMixedParams | None:
-    """What ``kv_mixed`` asks for: True the defaults, a text by its grammar, False ("off", "0") a plain cache, as None."""
+def resolve_kv_mixed(value: KVMixedParams | bool | str | None) -> KVMixedParams | None:
+    """What ``kv_mixed`` asks for: True the defaults, a text by its grammar, False or None a plain cache, as None."""
     if value is True:
         return KVMixedParams()
-    if value is False or value in ("off", "0"):
+    if value is False or value is None:
         return None
     if isinstance(value, str):
-        return KVMixedParams.parse(value)
+        params: KVMixedParams | None = KVMixedParams.parse(value)
+        return params
     if isinstance(value, KVMixedParams):
         return value
-    raise ParamsError(f"kv_mixed must be a KVMixedParams, a text, True or False, not {value!r}.")
+    raise ParamsError(f"kv_mixed must be a KVMixedParams, a text, True, False or None, not {value!r}.")
 
 
 #
@@ -328,7 +342,8 @@ class ContextParams:
         n_threads_batch: Threads for batches; None: ``n_threads``.
         flash_attn: "on", "off", or "auto": where it is possible.
         type_k: ggml type of the cache's rows of K, see [FORMATS][llamamix.formats.FORMATS]. In a mixed cache that of
-            the hot rows: "f16", "bf16" or "f32".
+            the hot rows: "f16", "bf16" or "f32"; a quantised one is that of the cold rows then, unless ``kv_mixed``
+            names another, and hot ones are F16.
         type_v: The same of V. A quantised one needs flash attention.
         kv_unified: True: one buffer that all sequences share; False: ``n_ctx`` is divided between them.
         offload_kqv: Keep the KV cache, and the operations on it, on the GPU.
@@ -340,7 +355,7 @@ class ContextParams:
         rope_freq_base: Base of RoPE's frequencies; 0: the model's.
         rope_freq_scale: Scale of RoPE's frequencies; 0: the model's.
         kv_mixed: The mixed KV cache: True for its defaults (with embeddings: a plain one), KVMixedParams, a text such
-            as ``"hot=256,cold=q8_0"`` or ``"quality"``, or False for a plain one. LLAMA_KV_MIXED has no say here.
+            as ``"hot=256,cold=q8_0"`` or ``"quality"``, or False or None for a plain one. LLAMA_KV_MIXED has no say here.
 
     Raises:
         ParamsError: For a value that can not be used.
@@ -363,7 +378,7 @@ class ContextParams:
     pooling: Literal["unspecified", "none", "mean", "cls", "last", "rank"] = "unspecified"
     rope_freq_base: float = 0.0
     rope_freq_scale: float = 0.0
-    kv_mixed: KVMixedParams | bool | str = True
+    kv_mixed: KVMixedParams | bool | str | None = True
 
     def __post_init__(self) -> None:
         _check_int(self, "n_ctx", 0, 2**31 - 256)
@@ -380,7 +395,7 @@ class ContextParams:
             _check_bool(self, name)
         _check_float(self, "rope_freq_base", 0.0)
         _check_float(self, "rope_freq_scale", 0.0)
-        if not isinstance(self.kv_mixed, (KVMixedParams, bool, str)):
+        if not isinstance(self.kv_mixed, (KVMixedParams, bool, str, type(None))):
             resolve_kv_mixed(self.kv_mixed)
 
     def to_c(self, n_threads: int) -> Any:

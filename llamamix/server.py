@@ -93,6 +93,7 @@ class Server:
         self._changed = threading.Event()  # it is ready, or has ended
         self.url: str | None = None
         variables = os.environ | (environment or {}) | {"LLAMA_KV_MIXED": kv_mixed.spec() if kv_mixed else "0"}
+        variables.pop("LLAMA_ARG_KV_MIXED", None)  # it would come first
         try:
             self._process = subprocess.Popen(
                 [program, *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

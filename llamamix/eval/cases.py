@@ -150,7 +150,7 @@ def _ablations(configuration: Configuration, note: Callable[[str], None]) -> lis
             other = replace(configuration, name=f"{configuration.name}, {what}", kv_mixed=spec)
             found.append(Case(other, ABLATION))
 
-    if params.hot > params.sink + _N_WINDOW_OFF:
+    if params.n_hot > params.sink + _N_WINDOW_OFF:
         add("no window", hot=str(params.sink + _N_WINDOW_OFF))
     add("no sinks", sink="0")
     for format in ("q8_0", "q4_0"):

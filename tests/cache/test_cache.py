@@ -31,6 +31,7 @@ from llamamix import (
     UnifiedKVCache,
     ggml,
 )
+from llamamix._ffi import ffi, lib
 
 
 @pytest.fixture
@@ -826,3 +827,29 @@ def test_a_thousand_caches_take_the_memory_of_one() -> None:
     gc.collect()
     grown = _resident() - before
     assert grown < 2 << 20, grown  # the rows of one cache alone are 96 KiB
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_tokens_of_a_sequence_by_tier(make_context: Callable[..., Context], unified: bool) -> None:
+    context = make_context(n_ctx=768, n_seq_max=3, kv_unified=unified, kv_mixed="hot=64,group=16")
+    cache = MixedKVCache.from_context(context)
+    for seq, n in ((0, 90), (2, 40)):
+        context.decode([1] * n, seq_id=seq)
+    if unified:
+        context.memory.seq_cp(0, 1, 0, 50)  # cells of two sequences count for both
+
+    expected = []
+    for seq in range(3):
+        cells = [tier.cells(0 if unified else seq) for tier in (cache.hot, cache.cold)]
+        expected.append([sum(seq in cell.seq_ids for cell in tier) for tier in cells])
+    assert [sum(counts) for counts in expected] == [90, 50 if unified else 0, 40]
+
+    counts = ffi.new("uint32_t[2]")
+    with context._handle as c_context:
+        memory = lib.llama_get_memory(c_context)
+        for seq in range(3):
+            assert lib.llama_kv_mixed_get_seq_use(memory, seq, counts, counts + 1) == 0
+            assert list(counts) == expected[seq]
+        for seq in (-1, 3):
+            assert lib.llama_kv_mixed_get_seq_use(memory, seq, counts, counts + 1) == -1
+            assert ffi.string(lib.llama_kv_mixed_last_error()) == b"there is no such sequence"

@@ -113,6 +113,18 @@ def test_the_cache(start: Callable, stand_in: Callable, tiny_model_path: Path, a
     assert called == [spec, ["-m", str(tiny_model_path), "--host", "127.0.0.1", "--port", "8080"]]
 
 
+def test_the_servers_own_variable_has_no_say(
+    stand_in: Callable, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLAMA_ARG_KV_MIXED comes before LLAMA_KV_MIXED."""
+    monkeypatch.setenv("LLAMA_ARG_KV_MIXED", "off")
+    log: list[str] = []
+    program = stand_in('print("own", os.environ.get("LLAMA_ARG_KV_MIXED"), flush=True)')
+    with Server(["-m", str(tiny_model_path)], KVMixedParams(hot=64), program=program, on_line=log.append) as server:
+        server.wait_ready(60.0)
+    assert "own None" in log
+
+
 def test_a_name_that_pull_knows(start: Callable, stand_in: Callable, smollm2_path: Path) -> None:
     process = start(stand_in(), "-v", "-m", "smollm2")
     assert json.loads(process.stderr.readline().removeprefix("called "))[1][:2] == ["-m", str(smollm2_path)]

@@ -27,7 +27,7 @@ from llamamix import (
     SamplingParams,
     SBatch,
 )
-from llamamix._ffi import ffi, lib
+from llamamix._ffi import ffi, lib, sized
 from llamamix.attention import Attention
 from llamamix.formats import FORMATS, format_name
 from llamamix.ggml import row_size
@@ -49,36 +49,77 @@ def test_formats_are_the_types_that_a_cache_can_have() -> None:
 def test_kv_mixed_defaults_are_the_librarys() -> None:
     c_params = ffi.new("struct llama_kv_mixed_params *", lib.llama_kv_mixed_default_params())
     assert KVMixedParams.from_c(c_params) == KVMixedParams()
-    expected = KVMixedParams(hot=512, cold="auto", group=128, threshold=0.8, sink=4, cold_size=0, attn="auto")
+    expected = KVMixedParams(hot="auto", cold="auto", group=128, threshold=0.8, sink=4, cold_size=0, attn="auto")
     assert KVMixedParams() == expected
 
 
 def test_kv_mixed_spec_is_the_documented_text() -> None:
-    assert KVMixedParams().spec() == "hot=512,cold=auto,group=128,threshold=0.8,sink=4"
+    assert KVMixedParams().spec() == "hot=auto,cold=auto,group=128,threshold=0.8,sink=4"
     params = KVMixedParams(hot=64, cold_k="q8_0", group=16, threshold=0.5, sink=0, cold_size=100)
     assert params.spec() == "hot=64,cold_k=q8_0,cold_v=auto,group=16,threshold=0.5,sink=0,cold_size=100"
-    assert KVMixedParams(attn="fused").spec() == "hot=512,cold=auto,group=128,threshold=0.8,sink=4,attn=fused"
+    assert KVMixedParams(attn="fused").spec() == "hot=auto,cold=auto,group=128,threshold=0.8,sink=4,attn=fused"
 
 
-@given(
-    st.builds(
-        KVMixedParams,
-        hot=st.integers(100, 999_999_999),
-        cold=st.sampled_from(["auto", *FORMATS]),
-        cold_k=st.none() | st.sampled_from(["auto", *FORMATS]),
-        cold_v=st.none() | st.sampled_from(list(FORMATS)),
-        group=st.integers(1, 999_999_999),
-        threshold=st.floats(1e-6, 1.0),
-        sink=st.integers(0, 99),
-        cold_size=st.integers(0, 999_999_999),
-        attn=st.sampled_from(["auto", "fused", "compose"]),
-    )
+any_kv_mixed = st.builds(
+    KVMixedParams,
+    hot=st.just("auto") | st.integers(100, 999_999_999),
+    cold=st.sampled_from(["auto", *FORMATS]),
+    cold_k=st.none() | st.sampled_from(["auto", *FORMATS]),
+    cold_v=st.none() | st.sampled_from(list(FORMATS)),
+    group=st.integers(1, 999_999_999),
+    threshold=st.floats(1e-6, 1.0),
+    sink=st.integers(0, 99),
+    cold_size=st.integers(0, 999_999_999),
+    attn=st.sampled_from(["auto", "fused", "compose"]),
 )
+
+
+@given(any_kv_mixed)
 def test_kv_mixed_spec_is_read_back(params: KVMixedParams) -> None:
     again = KVMixedParams.parse(params.spec())
     assert again.spec() == params.spec()
     assert (again.type_cold_k, again.type_cold_v) == (params.type_cold_k, params.type_cold_v)
     assert again.attn == params.attn
+
+
+@given(any_kv_mixed)
+def test_the_librarys_text_is_read_back(params: KVMixedParams) -> None:
+    c_params, buffer = params.to_c(), ffi.new("char[200]")
+    n = lib.llama_kv_mixed_params_format(c_params, buffer, len(buffer))
+    text = ffi.string(buffer).decode()
+    assert n == len(text)
+    again = KVMixedParams.parse(text)
+    assert bytes(ffi.buffer(again.to_c())) == bytes(ffi.buffer(c_params))
+    # a smaller buffer gets the beginning
+    assert lib.llama_kv_mixed_params_format(c_params, buffer, 6) == n
+    assert ffi.string(buffer).decode() == text[:5]
+
+
+def test_the_librarys_text_is_short() -> None:
+    def text(spec: str) -> str:
+        buffer = ffi.new("char[200]")
+        lib.llama_kv_mixed_params_format(KVMixedParams.parse(spec).to_c(), buffer, len(buffer))
+        return ffi.string(buffer).decode()
+
+    assert text("1") == "hot=auto,cold=auto"
+    assert text("quality,threshold=0.80,mean=1") == "hot=auto,cold_k=q5_0,cold_v=auto"
+    everything = "hot=100,cold=q8_0,group=64,threshold=0.123,sink=0,cold_size=9,mean=off,attn=compose"
+    assert text(everything) == everything
+
+
+def test_what_contexts_get_when_nothing_else_is_said() -> None:
+    c_params = sized("struct llama_kv_mixed_params *")
+    try:
+        for spec, hot in (("hot=77", 77), ("off", None), ("quality,hot=5", 5)):
+            assert lib.llama_kv_mixed_set_default(spec.encode()) == 0
+            assert lib.llama_kv_mixed_get_default(c_params) == (hot is not None)
+            if hot is not None:
+                assert c_params.n_hot == hot
+        assert lib.llama_kv_mixed_set_default(b"hot=some") == -1
+        assert ffi.string(lib.llama_kv_mixed_last_error()) == b"hot=some is not a whole number"
+        assert lib.llama_kv_mixed_get_default(c_params) == 1 and c_params.n_hot == 5  # nothing changed
+    finally:
+        lib.llama_kv_mixed_set_default(ffi.NULL)
 
 
 def test_kv_mixed_parse_leaves_the_rest_at_defaults() -> None:
@@ -89,7 +130,6 @@ def test_kv_mixed_parse_leaves_the_rest_at_defaults() -> None:
 @pytest.mark.parametrize(
     ("spec", "named"),
     [
-        ("", "empty"),
         ("hot", "key=value"),
         ("warm=1", "warm"),
         ("hot=x", "hot"),
@@ -185,8 +225,11 @@ def test_what_kv_mixed_takes() -> None:
     assert resolve_kv_mixed(True) == KVMixedParams()
     assert resolve_kv_mixed("hot=64,sink=0") == KVMixedParams(hot=64, sink=0)
     assert resolve_kv_mixed(KVMixedParams(hot=64)) == KVMixedParams(hot=64)
-    assert resolve_kv_mixed(False) is None
-    assert resolve_kv_mixed("off") is None
+    for value in (False, None, "off", "0", "", " "):
+        assert resolve_kv_mixed(value) is None
+        assert ContextParams(kv_mixed=value).kv_mixed == value
+    for text in ("off", "0", "", " "):
+        assert KVMixedParams.parse(text) is None
 
 
 def test_context_params_reach_the_library() -> None:

@@ -18,7 +18,8 @@ enum llama_kv_mixed_attn_type {
 struct llama_kv_mixed_params {
     size_t struct_size;
 
-    uint32_t n_hot;     // hot cells per stream
+    uint32_t n_hot;     // hot cells per stream; 0: 512 for each of the sequences that share the stream, but no more than an eighth of
+                        // its tokens (and no less than 512)
     uint32_t n_cold;    // cold cells per stream, 0: what the context needs beyond n_hot, none when it fits there
     uint32_t n_group;   // most tokens that one migration moves (never more than a quarter of n_hot)
     uint32_t n_sink;    // positions [0, n_sink) of every sequence stay hot, of all sequences up to half of n_hot
@@ -63,13 +64,27 @@ struct llama_kv_mixed_stats {
     uint64_t bytes_rest;     // bytes allocated for what is not mixed: the cache of sliding windows, recurrent states
 };
 
-// hot 512, cold auto (-1), group 128, threshold 0.8, sink 4, attn auto, mean 1
+// hot auto (0), cold auto (-1), group 128, threshold 0.8, sink 4, attn auto, mean 1
 struct llama_kv_mixed_params llama_kv_mixed_default_params(void);
 
 // Reads a spec such as "hot=512,cold=q4_0,group=128,threshold=0.8,sink=4" into *params. It may begin with the name of a preset
 // ("1" and "on" are the defaults), whose parameters the rest changes: "quality,hot=1024".
-// Returns 0; or -1 with the reason in llama_kv_mixed_last_error() and *params untouched.
+// Returns 0; or, with *params untouched, 1 when the spec asks for a plain cache ("0", "off" or nothing), -1 when it is wrong, with
+// the reason in llama_kv_mixed_last_error().
 int32_t llama_kv_mixed_params_parse(const char * spec, struct llama_kv_mixed_params * params);
+
+// Writes a spec that is read back to the same parameters: hot, cold, and what is not the default. Returns its length; size bytes
+// of buf get as much of it as fits, and a 0. Returns -1 with the reason as above when the parameters are not valid.
+int32_t llama_kv_mixed_params_format(const struct llama_kv_mixed_params * params, char * buf, size_t size);
+
+// What contexts are to have that llama_init_from_model() makes from now on, in this process, in place of what the variable
+// LLAMA_KV_MIXED says: a spec. NULL: what the variable says again. To be called before threads that make contexts.
+// Returns 0; or -1 with the reason as above, and nothing changed.
+int32_t llama_kv_mixed_set_default(const char * spec);
+
+// Whether a context that llama_init_from_model() makes now would have a mixed cache: 1 or 0; or -1 when the spec is wrong, with the
+// reason as above.
+int32_t llama_kv_mixed_get_default(struct llama_kv_mixed_params * params);
 
 // A preset: parameters that have a name.
 struct llama_kv_mixed_preset {
@@ -83,7 +98,7 @@ struct llama_kv_mixed_preset {
 // The i-th preset of this library. Returns 0; or -1 when there is none.
 int32_t llama_kv_mixed_get_preset(uint32_t i, struct llama_kv_mixed_preset * preset);
 
-// llama_init_from_model() with a mixed KV cache. params == NULL: without one, whatever LLAMA_KV_MIXED says.
+// llama_init_from_model() with a mixed KV cache. params == NULL: without one, whatever LLAMA_KV_MIXED and llama_kv_mixed_set_default() say.
 // Returns NULL on failure, with the reason in llama_kv_mixed_last_error().
 struct llama_context * llama_kv_mixed_init_from_model(
         struct llama_model * model,
@@ -97,6 +112,9 @@ const char * llama_kv_mixed_last_error(void);
 // Return 0; or -1 when the memory is not a mixed KV cache and has none in it, with the reason in llama_kv_mixed_last_error().
 int32_t llama_kv_mixed_get_params(llama_memory_t mem, struct llama_kv_mixed_params * params);
 int32_t llama_kv_mixed_get_stats (llama_memory_t mem, struct llama_kv_mixed_stats * stats);
+
+// How many tokens of a sequence are hot, and how many are cold. Returns 0; or -1 as above, and when there is no such sequence.
+int32_t llama_kv_mixed_get_seq_use(llama_memory_t mem, int32_t seq_id, uint32_t * n_hot, uint32_t * n_cold);
 
 // A format: a way in which rows of K or V are stored.
 struct llama_kv_mixed_format_info {

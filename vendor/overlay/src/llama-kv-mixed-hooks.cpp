@@ -2,7 +2,7 @@
 
 #include "cache/context.h"
 #include "cache/kv-cache-mixed.h"
-#include "cache/params.h"
+#include "cache/request.h"
 #include "graph/providers.h"
 
 #include "llama-cparams.h"
@@ -75,6 +75,11 @@ static std::optional<llama_kv_mixed_params> requested_or_fail() {
     } catch (const std::invalid_argument & err) {
         fail(err.what());
     }
+}
+
+void llama_kv_mixed_take_params(llama_context_params & params) {
+    llama_kv_mixed_check_environment();
+    llama_kv_mixed_take_types(params.type_k, params.type_v);
 }
 
 void llama_kv_mixed_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
@@ -151,14 +156,21 @@ llama_kv_cache * llama_kv_mixed_new_cache(
 
     GGML_ASSERT(swa_type == LLAMA_SWA_TYPE_NONE && !mem_other);
 
+    const bool hot_auto = params->n_hot == LLAMA_KV_MIXED_HOT_AUTO;
+
     const auto create = [&](ggml_type type_auto) {
         auto res = std::make_unique<llama_kv_cache_mixed>(
                 model, hparams, type_k, type_v, llama_kv_mixed_with_auto(*params, type_auto), offload, unified, kv_size, n_seq_max, n_pad, filter, reuse);
         llama_kv_mixed_check_attn(model.hparams, *res);
+        res->announce(hot_auto);
         return res.release();
     };
 
     try {
+        if (hot_auto) {
+            params->n_hot = llama_kv_mixed_hot_auto(kv_size, unified ? n_seq_max : 1);
+        }
+
         grow_hot(*params, kv_size, unified ? n_seq_max : 1);
 
         if (params->type_cold_k != LLAMA_KV_MIXED_TYPE_AUTO && params->type_cold_v != LLAMA_KV_MIXED_TYPE_AUTO) {

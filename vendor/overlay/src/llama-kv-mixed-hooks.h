@@ -16,6 +16,10 @@ struct llm_graph_context;
 // loads backends that are plug-ins where the program has loaded none
 void llama_kv_mixed_load_backends();
 
+// Before a context is made: where it is to have a mixed cache, a quantised type of rows becomes that of cold ones, and F16 takes its
+// place. Warns of variables that look like ours, once.
+void llama_kv_mixed_take_params(llama_context_params & params);
+
 // throws when a mixed cache is requested for a model whose memory can not be one
 void llama_kv_mixed_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
 

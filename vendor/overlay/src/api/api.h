@@ -4,7 +4,7 @@
 
 #include "llama-kv-mixed.h"
 
-#include "cache/params.h"
+#include "cache/request.h"
 
 #include "llama-impl.h"
 

@@ -30,10 +30,15 @@ static std::unique_ptr<llama_model> make_model(const llama_kv_mixed_shape & shap
 LLAMA_API llama_kv_mixed_cache * llama_kv_mixed_cache_init(const llama_kv_mixed_shape * shape_req, const llama_kv_mixed_params * params_req) {
     return guarded<llama_kv_mixed_cache *>(nullptr, [&] {
         const auto shape_full  = copy_in(shape_req, llama_kv_mixed_shape {});
-        const auto params_full = params_req ? copy_in(params_req, llama_kv_mixed_default_params()) : llama_kv_mixed_params {};
+        auto params_full = params_req ? copy_in(params_req, llama_kv_mixed_default_params()) : llama_kv_mixed_params {};
 
         const auto * shape  = &shape_full;
         const auto * params = params_req ? &params_full : nullptr;
+
+        if (params && params->n_hot == LLAMA_KV_MIXED_HOT_AUTO) {
+            params_full.n_hot = llama_kv_mixed_hot_auto(
+                shape->n_ctx > 0 ? shape->n_ctx : UINT32_MAX, shape->unified ? std::max(1u, shape->n_seq_max) : 1);
+        }
 
         check(shape->n_layer > 0 && shape->n_layer <= LLAMA_MAX_LAYERS, "n_layer is out of range");
         check(shape->n_seq_max > 0 && shape->n_seq_max <= LLAMA_MAX_SEQ, "n_seq_max is out of range");

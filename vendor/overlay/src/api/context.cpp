@@ -6,6 +6,9 @@
 
 #include "llama-model.h"
 
+#include <cstdio>
+#include <tuple>
+
 static uint64_t get_bytes(const llama_memory_i & mem) {
     uint64_t res = 0;
 
@@ -19,7 +22,7 @@ static uint64_t get_bytes(const llama_memory_i & mem) {
 LLAMA_API llama_kv_mixed_params llama_kv_mixed_default_params(void) {
     return {
         /*.struct_size =*/ sizeof(llama_kv_mixed_params),
-        /*.n_hot       =*/ 512,
+        /*.n_hot       =*/ LLAMA_KV_MIXED_HOT_AUTO,
         /*.n_cold      =*/ 0,
         /*.n_group     =*/ 128,
         /*.n_sink      =*/ 4,
@@ -36,9 +39,46 @@ LLAMA_API int32_t llama_kv_mixed_params_parse(const char * spec, llama_kv_mixed_
         check(spec, "spec must not be NULL");
         check_size(params);
 
-        copy_out(llama_kv_mixed_parse_spec(spec), params);
+        const auto res = llama_kv_mixed_parse_spec(spec);
+        if (!res) {
+            return 1;
+        }
+
+        copy_out(*res, params);
 
         return 0;
+    });
+}
+
+LLAMA_API int32_t llama_kv_mixed_params_format(const llama_kv_mixed_params * params, char * buf, size_t size) {
+    return guarded(-1, [&] {
+        const auto full = copy_in(params, llama_kv_mixed_default_params());
+        llama_kv_mixed_validate(full);
+
+        return snprintf(buf, size, "%s", llama_kv_mixed_format_spec(full).c_str());
+    });
+}
+
+LLAMA_API int32_t llama_kv_mixed_set_default(const char * spec) {
+    return guarded(-1, [&] {
+        llama_kv_mixed_set_request(spec ? std::optional<std::string>(spec) : std::nullopt);
+
+        return 0;
+    });
+}
+
+LLAMA_API int32_t llama_kv_mixed_get_default(llama_kv_mixed_params * params) {
+    return guarded(-1, [&] {
+        check_size(params);
+
+        const auto res = llama_kv_mixed_params_requested();
+        if (!res) {
+            return 0;
+        }
+
+        copy_out(*res, params);
+
+        return 1;
     });
 }
 
@@ -113,6 +153,17 @@ LLAMA_API int32_t llama_kv_mixed_get_stats(llama_memory_t mem, llama_kv_mixed_st
         res.bytes_rest = get_bytes(*mem) - get_bytes(kv);
 
         copy_out(res, stats);
+
+        return 0;
+    });
+}
+
+LLAMA_API int32_t llama_kv_mixed_get_seq_use(llama_memory_t mem, int32_t seq_id, uint32_t * n_hot, uint32_t * n_cold) {
+    return guarded(-1, [&] {
+        const auto & kv = get_mixed(mem);
+        check(seq_id >= 0 && (uint32_t) seq_id < kv.get_n_seq_max(), "there is no such sequence");
+
+        std::tie(*n_hot, *n_cold) = kv.get_seq_use(seq_id);
 
         return 0;
     });

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <stdexcept>
 
 //
@@ -238,12 +237,6 @@ llama_kv_cache_mixed::llama_kv_cache_mixed(
     }
 
     trace = std::make_unique<llama_kv_mixed_trace>(type_label(type_k, type_v), type_label(type_cold_k, type_cold_v));
-
-    // for programs that know nothing of this cache: its trace in their log
-    const char * LLAMA_KV_MIXED_TRACE = getenv("LLAMA_KV_MIXED_TRACE");
-    if (LLAMA_KV_MIXED_TRACE && atoi(LLAMA_KV_MIXED_TRACE) != 0) {
-        trace_start(1, LLAMA_KV_MIXED_TRACE_LOG);
-    }
 }
 
 llama_kv_cache * llama_kv_cache_mixed::get_hot() const {
@@ -284,6 +277,12 @@ int64_t llama_kv_cache_mixed::get_n_rot_k() const {
 
 int64_t llama_kv_cache_mixed::get_n_rot_v() const {
     return n_rot_v;
+}
+
+std::pair<uint32_t, uint32_t> llama_kv_cache_mixed::get_seq_use(llama_seq_id seq_id) const {
+    const uint32_t strm = kv_hot->get_stream(seq_id);
+
+    return { kv_hot->v_cells[strm].seq_pos_get(seq_id).size(), kv_cold->v_cells[strm].seq_pos_get(seq_id).size() };
 }
 
 llama_kv_mixed_stats llama_kv_cache_mixed::get_stats() const {

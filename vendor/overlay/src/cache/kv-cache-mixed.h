@@ -57,7 +57,7 @@ public:
                const layer_reuse_cb & reuse,
                          bool   rotate = true);
 
-    ~llama_kv_cache_mixed() = default;
+    ~llama_kv_cache_mixed();
 
     //
     // llama_memory_i
@@ -146,6 +146,13 @@ public:
     llama_kv_mixed_stats get_stats() const;
 
     llama_kv_mixed_trace & get_trace() const;
+
+    // The cache is complete, and will be used: says so in the log, and when it ends what it has done. Begins the trace that
+    // LLAMA_KV_MIXED_TRACE asks for. hot_auto: the size of hot was left open.
+    void announce(bool hot_auto);
+
+    // tokens of a sequence that are hot, and cold
+    std::pair<uint32_t, uint32_t> get_seq_use(llama_seq_id seq_id) const;
 
     // begin a trace, n_max == 0: end it
     void trace_start(uint32_t n_max, uint32_t flags);
@@ -264,6 +271,9 @@ private:
 
     // a batch that is tried with several splits is refused once
     bool is_refused = false;
+
+    // the log tells of this cache, see announce()
+    bool is_announced = false;
 
     // the context of the last update: its threads compute migrations, and its queued work is waited for
     // null when the cache is driven without one

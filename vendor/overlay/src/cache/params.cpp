@@ -7,8 +7,6 @@
 
 #include <algorithm>
 #include <cctype>
-#include <cmath>
-#include <cstdlib>
 #include <locale>
 #include <set>
 #include <sstream>
@@ -16,10 +14,8 @@
 #include <utility>
 #include <vector>
 
-std::string & llama_kv_mixed_error() {
-    static thread_local std::string error;
-    return error;
-}
+// what hot=auto gives a sequence
+static const uint32_t N_HOT_SEQ = 512;
 
 //
 // spec
@@ -55,11 +51,24 @@ static uint32_t parse_count(const std::string & key, const std::string & value) 
     return (uint32_t) std::stoul(value);
 }
 
-static int32_t parse_attn(const std::string & key, const std::string & value) {
-    static const char * const names[] = { "auto", "fused", "compose" }; // by llama_kv_mixed_attn_type
+static uint32_t parse_hot(const std::string & key, const std::string & value) {
+    if (value == "auto") {
+        return LLAMA_KV_MIXED_HOT_AUTO;
+    }
 
+    const uint32_t res = parse_count(key, value);
+    if (res == 0) {
+        throw std::invalid_argument("hot must be at least 1 cell");
+    }
+
+    return res;
+}
+
+static const char * const attn_names[] = { "auto", "fused", "compose" }; // by llama_kv_mixed_attn_type
+
+static int32_t parse_attn(const std::string & key, const std::string & value) {
     for (int32_t i = 0; i < 3; ++i) {
-        if (value == names[i]) {
+        if (value == attn_names[i]) {
             return i;
         }
     }
@@ -101,7 +110,7 @@ static void apply(const spec_items & items, llama_kv_mixed_params & res) {
             throw std::invalid_argument(format("%s is given twice", key.c_str()));
         }
 
-        if      (key == "hot")       { res.n_hot   = parse_count(key, value); }
+        if      (key == "hot")       { res.n_hot   = parse_hot  (key, value); }
         else if (key == "cold_size") { res.n_cold  = parse_count(key, value); }
         else if (key == "group")     { res.n_group = parse_count(key, value); }
         else if (key == "sink")      { res.n_sink  = parse_count(key, value); }
@@ -143,11 +152,11 @@ static spec_items split(const std::string & spec) {
     return res;
 }
 
-llama_kv_mixed_params llama_kv_mixed_parse_spec(const std::string & spec) {
+std::optional<llama_kv_mixed_params> llama_kv_mixed_parse_spec(const std::string & spec) {
     const std::string text = trim(spec);
 
-    if (text.empty()) {
-        throw std::invalid_argument("the spec is empty, 'on' takes the defaults");
+    if (text.empty() || text == "0" || text == "off") {
+        return {};
     }
 
     const auto comma = text.find(',');
@@ -170,6 +179,55 @@ llama_kv_mixed_params llama_kv_mixed_parse_spec(const std::string & spec) {
     return res;
 }
 
+static std::string type_text(int32_t type) {
+    return type == LLAMA_KV_MIXED_TYPE_AUTO ? "auto" : ggml_type_name((ggml_type) type);
+}
+
+static std::string share_text(float value) {
+    // the shortest that is read back to the same number
+    for (int n = 1; ; ++n) {
+        std::ostringstream os;
+        os.imbue(std::locale::classic());
+        os.precision(n);
+        os << value;
+
+        std::istringstream is(os.str());
+        is.imbue(std::locale::classic());
+
+        float again = 0.0f;
+        if ((is >> again && again == value) || n == 9) {
+            return os.str();
+        }
+    }
+}
+
+std::string llama_kv_mixed_format_spec(const llama_kv_mixed_params & params) {
+    const auto def = llama_kv_mixed_default_params();
+
+    std::string res = "hot=" + (params.n_hot == LLAMA_KV_MIXED_HOT_AUTO ? "auto" : std::to_string(params.n_hot));
+
+    if (params.type_cold_k == params.type_cold_v) {
+        res += ",cold=" + type_text(params.type_cold_k);
+    } else {
+        res += ",cold_k=" + type_text(params.type_cold_k) + ",cold_v=" + type_text(params.type_cold_v);
+    }
+
+    if (params.n_group   != def.n_group)   { res += ",group="     + std::to_string(params.n_group); }
+    if (params.threshold != def.threshold) { res += ",threshold=" + share_text(params.threshold); }
+    if (params.n_sink    != def.n_sink)    { res += ",sink="      + std::to_string(params.n_sink); }
+    if (params.n_cold    != def.n_cold)    { res += ",cold_size=" + std::to_string(params.n_cold); }
+    if (params.mean      != def.mean)      { res += params.mean ? ",mean=on" : ",mean=off"; }
+    if (params.attn      != def.attn)      { res += std::string(",attn=") + attn_names[params.attn]; }
+
+    return res;
+}
+
+uint32_t llama_kv_mixed_hot_auto(uint32_t n_ctx_seq, uint32_t n_seq_stream) {
+    const uint64_t n_most = std::max(N_HOT_SEQ, n_ctx_seq/8/256*256);
+
+    return std::min<uint64_t>({ n_ctx_seq, n_most, (uint64_t) N_HOT_SEQ*n_seq_stream });
+}
+
 llama_kv_mixed_params llama_kv_mixed_with_auto(llama_kv_mixed_params params, ggml_type type) {
     for (int32_t * cur : { &params.type_cold_k, &params.type_cold_v }) {
         *cur = *cur == LLAMA_KV_MIXED_TYPE_AUTO ? (int32_t) type : *cur;
@@ -178,14 +236,12 @@ llama_kv_mixed_params llama_kv_mixed_with_auto(llama_kv_mixed_params params, ggm
 }
 
 void llama_kv_mixed_validate(const llama_kv_mixed_params & params) {
-    if (params.n_hot == 0) {
-        throw std::invalid_argument("hot must be at least 1 cell");
-    }
     if (params.n_group == 0) {
         throw std::invalid_argument("group must be at least 1 token");
     }
-    if (params.n_sink >= params.n_hot) {
-        throw std::invalid_argument(format("sink=%u leaves no room in hot=%u", params.n_sink, params.n_hot));
+    const uint32_t n_hot = params.n_hot == LLAMA_KV_MIXED_HOT_AUTO ? N_HOT_SEQ : params.n_hot;
+    if (params.n_sink >= n_hot) {
+        throw std::invalid_argument(format("sink=%u leaves no room in hot=%u", params.n_sink, n_hot));
     }
     if (!(params.threshold > 0.0f && params.threshold <= 1.0f)) {
         throw std::invalid_argument(format("threshold=%g is outside (0, 1]", params.threshold));
@@ -200,45 +256,5 @@ void llama_kv_mixed_validate(const llama_kv_mixed_params & params) {
         if (type != LLAMA_KV_MIXED_TYPE_AUTO && !llama_kv_mixed_find_format(type)) {
             throw std::invalid_argument(format("the cold type %d is not a KV cache type", type));
         }
-    }
-}
-
-//
-// the request in force
-//
-
-namespace {
-struct request {
-    bool set = false; // false: ask the environment
-    std::optional<llama_kv_mixed_params> params;
-};
-}
-
-static thread_local request request_cur;
-
-llama_kv_mixed_params_scope::llama_kv_mixed_params_scope(std::optional<llama_kv_mixed_params> params) {
-    request_cur = { true, params };
-}
-
-llama_kv_mixed_params_scope::~llama_kv_mixed_params_scope() {
-    request_cur = {};
-}
-
-std::optional<llama_kv_mixed_params> llama_kv_mixed_params_requested() {
-    if (request_cur.set) {
-        return request_cur.params;
-    }
-
-    const char * LLAMA_KV_MIXED = getenv("LLAMA_KV_MIXED");
-
-    const std::string spec = trim(LLAMA_KV_MIXED ? LLAMA_KV_MIXED : "");
-    if (spec.empty() || spec == "0" || spec == "off") {
-        return {};
-    }
-
-    try {
-        return llama_kv_mixed_parse_spec(spec);
-    } catch (const std::invalid_argument & err) {
-        throw std::invalid_argument(format("LLAMA_KV_MIXED: %s", err.what()));
     }
 }

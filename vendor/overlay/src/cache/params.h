@@ -6,32 +6,25 @@
 #include <string>
 
 //
-// the parameters of a mixed KV cache, and where they come from
+// the parameters of a mixed KV cache, and their text
 //
 
 // a cold type that depends on the device
 #define LLAMA_KV_MIXED_TYPE_AUTO (-1)
 
+// hot cells that depend on the context
+#define LLAMA_KV_MIXED_HOT_AUTO 0
+
 // params with that as the given type
 llama_kv_mixed_params llama_kv_mixed_with_auto(llama_kv_mixed_params params, ggml_type type);
 
-// throws std::invalid_argument with one sentence
-llama_kv_mixed_params llama_kv_mixed_parse_spec(const std::string & spec);
-void                  llama_kv_mixed_validate  (const llama_kv_mixed_params & params);
+// hot cells of a stream of n_ctx_seq tokens that n_seq_stream sequences share
+uint32_t llama_kv_mixed_hot_auto(uint32_t n_ctx_seq, uint32_t n_seq_stream);
 
-// what the context that is being created on this thread asks for: llama_kv_mixed_init_from_model()'s parameters,
-// else those of the environment variable LLAMA_KV_MIXED; nothing when the feature is off
-std::optional<llama_kv_mixed_params> llama_kv_mixed_params_requested();
+// nothing: the spec asks for a plain cache; throws std::invalid_argument with one sentence
+std::optional<llama_kv_mixed_params> llama_kv_mixed_parse_spec(const std::string & spec);
 
-// for the duration of a scope, what llama_kv_mixed_params_requested() answers on this thread
-class llama_kv_mixed_params_scope {
-public:
-    explicit llama_kv_mixed_params_scope(std::optional<llama_kv_mixed_params> params);
-    ~llama_kv_mixed_params_scope();
+void llama_kv_mixed_validate(const llama_kv_mixed_params & params);
 
-    llama_kv_mixed_params_scope(const llama_kv_mixed_params_scope &) = delete;
-    llama_kv_mixed_params_scope & operator=(const llama_kv_mixed_params_scope &) = delete;
-};
-
-// the text behind llama_kv_mixed_last_error()
-std::string & llama_kv_mixed_error();
+// a spec that is read back to the same parameters, without those that are the defaults but for hot and cold
+std::string llama_kv_mixed_format_spec(const llama_kv_mixed_params & params);

@@ -3,6 +3,8 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <cinttypes>
+#include <cstdio>
 
 // layer records of one migration are kept or dropped together, more or less: a ring for this many layers
 static const size_t N_LAYERS_RING = 64;
@@ -25,14 +27,26 @@ void llama_kv_mixed_trace::start(uint32_t n_max, uint32_t flags) {
         this->flags = flags;
     }
 
-    on.store(n_max > 0);
+    is_recording = n_max > 0;
+    if (!is_recording) {
+        this->flags = 0;
+    }
+
+    on.store(is_recording || level_stderr > 0);
+}
+
+void llama_kv_mixed_trace::start_stderr(int level, const llama_kv_mixed_event & init) {
+    if (level > 0) {
+        level_stderr = level;
+        on.store(true);
+        write_stderr(init);
+    }
 }
 
 void llama_kv_mixed_trace::push(llama_kv_mixed_event event, const std::vector<llama_kv_mixed_layer_error> & errors) {
-    bool to_log;
-    {
-        std::lock_guard<std::mutex> lock(mutex);
+    bool to_log = false;
 
+    if (std::lock_guard<std::mutex> lock(mutex); is_recording) {
         to_log = flags & LLAMA_KV_MIXED_TRACE_LOG;
 
         event.id   = n_events++;
@@ -60,7 +74,13 @@ void llama_kv_mixed_trace::push(llama_kv_mixed_event event, const std::vector<ll
 
     // outside of the lock: the callback may well read the trace
     if (to_log) {
-        log(event);
+        for (const auto & line : describe(event)) {
+            LLAMA_LOG_INFO("%s\n", line.c_str());
+        }
+    }
+
+    if (level_stderr > 0) {
+        write_stderr(event);
     }
 }
 
@@ -90,44 +110,85 @@ uint32_t llama_kv_mixed_trace::read(llama_kv_mixed_layer_error * errors, uint32_
     return drain(this->errors, errors, n_max);
 }
 
+static std::string use_text(const char * name, uint32_t n_used, uint32_t size) {
+    return format("%s=%u/%u (%.1f%%)", name, n_used, size, 100.0*n_used/std::max(1u, size));
+}
+
+static std::string use_text(const llama_kv_mixed_event & event) {
+    return use_text("hot", event.hot_used, event.hot_size) + ", " + use_text("cold", event.cold_used, event.cold_size);
+}
+
 // the lines that the trace has always been read as
-void llama_kv_mixed_trace::log(const llama_kv_mixed_event & event) const {
+std::vector<std::string> llama_kv_mixed_trace::describe(const llama_kv_mixed_event & event) const {
+    std::vector<std::string> res;
+
     switch (event.kind) {
         case LLAMA_KV_MIXED_EVENT_INIT:
-            LLAMA_LOG_INFO("[MIXED_CACHE_DEBUG] initialized: hot=%u/%u (%.1f%%), cold=%u/%u (%.1f%%)\n",
-                    event.hot_used,  event.hot_size,  100.0*event.hot_used /std::max(1u, event.hot_size),
-                    event.cold_used, event.cold_size, 100.0*event.cold_used/std::max(1u, event.cold_size));
+            res.push_back("[MIXED_CACHE_DEBUG] initialized: " + use_text(event));
             break;
         case LLAMA_KV_MIXED_EVENT_TRIGGER:
             switch (event.trigger) {
                 case LLAMA_KV_MIXED_TRIGGER_THRESHOLD:
-                    LLAMA_LOG_INFO("[MIXED_CACHE_DEBUG] should_quantize: hot cache threshold exceeded\n");
+                    res.push_back("[MIXED_CACHE_DEBUG] should_quantize: hot cache threshold exceeded");
                     break;
                 case LLAMA_KV_MIXED_TRIGGER_ROOM:
-                    LLAMA_LOG_INFO("[MIXED_CACHE_DEBUG] find_slot: hot cache has no room for the new tokens\n");
+                    res.push_back("[MIXED_CACHE_DEBUG] find_slot: hot cache has no room for the new tokens");
                     break;
                 default:
                     break;
             }
-            LLAMA_LOG_INFO("[MIXED_CACHE_DEBUG] trigger_quantization: starting quantization process\n");
-            LLAMA_LOG_INFO("[MIXED_CACHE_DEBUG] trigger_quantization: moving tokens to cold cache\n");
+            res.push_back("[MIXED_CACHE_DEBUG] trigger_quantization: starting quantization process");
+            res.push_back("[MIXED_CACHE_DEBUG] trigger_quantization: moving tokens to cold cache");
             break;
         case LLAMA_KV_MIXED_EVENT_MIGRATE:
-            LLAMA_LOG_INFO("[MIXED_CACHE] Moving %u tokens to cold cache (%s quantization)\n", event.n_tokens, label_cold.c_str());
+            res.push_back(format("[MIXED_CACHE] Moving %u tokens to cold cache (%s quantization)", event.n_tokens, label_cold.c_str()));
             for (uint32_t i = 0; i < event.n_tokens; ++i) {
-                LLAMA_LOG_INFO("[MIXED_CACHE] Quantizing token %u: %s -> %s\n", i, label_hot.c_str(), label_cold.c_str());
+                res.push_back(format("[MIXED_CACHE] Quantizing token %u: %s -> %s", i, label_hot.c_str(), label_cold.c_str()));
             }
-            LLAMA_LOG_INFO("[MIXED_CACHE] Quantization batch completed: %u tokens processed\n", event.n_tokens);
-            LLAMA_LOG_INFO("[MIXED_CACHE_DEBUG] trigger_quantization: quantization completed\n");
+            res.push_back(format("[MIXED_CACHE] Quantization batch completed: %u tokens processed", event.n_tokens));
+            res.push_back("[MIXED_CACHE_DEBUG] trigger_quantization: quantization completed");
             break;
         case LLAMA_KV_MIXED_EVENT_FAIL:
-            LLAMA_LOG_INFO("[MIXED_CACHE_DEBUG] trigger_quantization: quantization failed, %u tokens stay hot\n", event.n_tokens);
+            res.push_back(format("[MIXED_CACHE_DEBUG] trigger_quantization: quantization failed, %u tokens stay hot", event.n_tokens));
             break;
         case LLAMA_KV_MIXED_EVENT_REFUSE:
-            LLAMA_LOG_INFO("[MIXED_CACHE_DEBUG] find_slot: hot and cold cache are full: hot=%u/%u, cold=%u/%u\n",
-                    event.hot_used, event.hot_size, event.cold_used, event.cold_size);
+            res.push_back(format("[MIXED_CACHE_DEBUG] find_slot: hot and cold cache are full: hot=%u/%u, cold=%u/%u",
+                    event.hot_used, event.hot_size, event.cold_used, event.cold_size));
             break;
         default:
             break;
     }
+
+    return res;
+}
+
+std::string llama_kv_mixed_trace::describe_one(const llama_kv_mixed_event & event) const {
+    static const char * const triggers[] = { "threshold", "room", "manual" }; // by llama_kv_mixed_trigger
+
+    switch (event.kind) {
+        case LLAMA_KV_MIXED_EVENT_TRIGGER:
+            return "";
+        case LLAMA_KV_MIXED_EVENT_MIGRATE:
+            return format("[MIXED_CACHE] Moving %u tokens to cold cache (%s quantization): %s, positions %d to %d, %" PRId64 " us, ",
+                event.n_tokens, label_cold.c_str(), triggers[event.trigger], event.pos_min, event.pos_max, event.dur_us) + use_text(event);
+        default:
+            {
+                const auto lines = describe(event);
+                return lines.empty() ? "" : lines.front();
+            }
+    }
+}
+
+void llama_kv_mixed_trace::write_stderr(const llama_kv_mixed_event & event) const {
+    std::string text;
+
+    if (level_stderr > 1) {
+        for (const auto & line : describe(event)) {
+            text += line + "\n";
+        }
+    } else if (const auto line = describe_one(event); !line.empty()) {
+        text = line + "\n";
+    }
+
+    fputs(text.c_str(), stderr);
 }
