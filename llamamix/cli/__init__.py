@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from . import bench, demo, eval, generate, info, pull, selftest, serve, trace
-from ._errors import exit_code
+from . import bench, chat, demo, eval, generate, info, pull, selftest, serve, trace
+from ._errors import EXIT_ERROR, exit_code, fail, prepare_streams
+from ._options import no_hint
 
-_COMMANDS = (generate, serve, info, bench, eval, pull, demo, trace, selftest)
+_COMMANDS = (generate, chat, serve, info, bench, eval, pull, demo, trace, selftest)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -17,7 +19,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--version", action=_Version)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.set_defaults(run=None, parser=parser, hint=no_hint)
+    commands = parser.add_subparsers(metavar="COMMAND")
     for command in _COMMANDS:
         command.register(commands)
     return parser
@@ -36,5 +39,16 @@ class _Version(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    args = _parser().parse_args(argv)
+    prepare_streams()
+    if sys.stdout is None:
+        fail("Standard output is closed.")
+        return EXIT_ERROR
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{args.hint(args, argv, unknown)}")
+    if args.run is None:
+        parser.print_help()
+        return 0
     return exit_code(args.run, args)

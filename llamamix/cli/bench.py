@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._options import add_command, model_path, start_log
+from ._files import check_outputs
+from ._options import add_command, add_model, model_path, read_text, start_log
 from ._output import FORMS, render, show
 from ._progress import bars
 
@@ -24,7 +25,7 @@ def register(commands: Any) -> None:
     )
     parser.set_defaults(run=_run)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("-m", "--model", metavar="MODEL", help="a GGUF file, or a name that 'pull' knows")
+    add_model(source)
     source.add_argument("--replay", metavar="FILE", help="look at a run that -o jsonl or --jsonl recorded")
 
     # None where nothing is given, so that --replay can refuse what is; lists may be given several times
@@ -80,8 +81,7 @@ def _run(args: argparse.Namespace) -> None:
     from ..errors import ParamsError
 
     start_log(args)
-    if args.plot:
-        check_matplotlib()  # a mistake should not have to wait for the run
+    check_outputs(args, check_matplotlib)  # a mistake should not have to wait for the run
     if args.replay is None:
         _measure(args)
         return
@@ -114,7 +114,7 @@ def _measure(args: argparse.Namespace) -> None:
         raise ParamsError(f"-s must be 0 or more, not {seed}.")
     model_params = {} if args.n_gpu_layers is None else {"n_gpu_layers": args.n_gpu_layers}
     ModelParams(**model_params)
-    text = None if args.file is None else _read(args.file)
+    text = None if args.file is None else read_text(args.file)
 
     with Model(model_path(args.model), **model_params) as model, _Output(args) as output:
         n_tokens = max(plan.n_depth) + plan.n_tokens_max
@@ -162,13 +162,6 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 def _names(texts: Sequence[str] | None) -> list[str] | None:
     return None if texts is None else [name.strip() for name in ",".join(texts).split(",")]
-
-
-def _read(file: str) -> str:
-    if file == "-":
-        return sys.stdin.read()
-    with open(file, encoding="utf-8") as stream:
-        return stream.read()
 
 
 @contextlib.contextmanager

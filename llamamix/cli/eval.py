@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._options import add_command, model_path, start_log
+from ._files import check_outputs
+from ._options import MODEL_HELP, add_command, add_model, model_path, start_log
 from ._output import FORMS, render, show
 from ._progress import bars
 
@@ -27,10 +28,7 @@ def register(commands: Any) -> None:
     )
     parser.set_defaults(run=_run)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "-m", "--model", action="append", metavar="MODEL",
-        help="a GGUF file, or a name that 'pull' knows (repeatable: one after the other)",
-    )  # fmt: skip
+    add_model(source, action="append", help=f"{MODEL_HELP} (repeatable: one after the other)")
     source.add_argument(
         "--replay", action="append", metavar="FILE", help="look at a run that -o jsonl or --jsonl recorded (repeatable)"
     )
@@ -99,8 +97,7 @@ def _run(args: argparse.Namespace) -> None:
     from ..eval.plot import check_matplotlib
 
     start_log(args)
-    if args.plot:
-        check_matplotlib()  # a mistake should not have to wait for the run
+    check_outputs(args, check_matplotlib)  # a mistake should not have to wait for the run
     if args.replay is None:
         _measure(args)
         return

@@ -11,6 +11,7 @@ from ._options import (
     add_command,
     add_context,
     add_length,
+    add_model,
     add_prompt,
     add_sampling,
     context_params,
@@ -19,6 +20,8 @@ from ._options import (
     sampling_params,
     start_log,
 )
+from ._progress import PromptBar
+from ._session import Interrupt, check_prompt, full, open_context
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -28,9 +31,7 @@ if TYPE_CHECKING:
 def register(commands: Any) -> None:
     parser = add_command(commands, "generate", "Generate text; it goes to stdout as it comes.")
     parser.set_defaults(run=_run)
-    parser.add_argument(
-        "-m", "--model", required=True, metavar="MODEL", help="a GGUF file, or a name that 'pull' knows"
-    )
+    add_model(parser, required=True)
     add_prompt(parser, required=True)
     parser.add_argument(
         "-cnv", "--conversation", "--chat", action="store_true", help="the prompt is a message to a chat model"
@@ -44,7 +45,6 @@ def register(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from ..context import Context
     from ..errors import ContextFullError
     from ..model import Model
 
@@ -55,20 +55,28 @@ def _run(args: argparse.Namespace) -> None:
 
     with (
         Model(model_path(args.model), n_gpu_layers=args.n_gpu_layers) as model,
-        Context(model, **params) as context,
+        open_context(model, params) as context,
     ):
         tokens = _tokens(model, prompt, args)
-        unlimited = args.predict == -1
-        try:
-            for piece in context.generate(tokens, UNLIMITED if unlimited else args.predict, sampling, args.stop):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        except ContextFullError:
-            if not unlimited or context.memory.seq_pos_max() < len(tokens):
-                raise
+        check_prompt(context, len(tokens), args.predict)
+        pieces = context.generate(tokens, UNLIMITED if args.predict == -1 else args.predict, sampling, args.stop)
+        is_full = False
+        with Interrupt(pieces.cancel) as interrupt, PromptBar(context) as bar:
+            try:
+                for piece in pieces:
+                    bar.stop()
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+            except ContextFullError:
+                is_full = args.predict != -1
         sys.stdout.write("\n")
+        sys.stdout.flush()
         if args.stats:
             _print_stats(context, len(tokens))
+        if interrupt.requested:
+            raise KeyboardInterrupt
+        if is_full:
+            raise full(context, len(tokens))
 
 
 def _tokens(model: Model, prompt: str, args: argparse.Namespace) -> list[int]:
@@ -85,5 +93,6 @@ def _print_stats(context: Context, n_prompt: int) -> None:
 
     from ._tables import summary
 
-    n_generated = context.memory.seq_pos_max() + 1 - n_prompt
-    Console(stderr=True).print(summary(n_prompt, n_generated, context.perf, context.stats))
+    n_held = context.memory.seq_pos_max() + 1  # less than the prompt when that was interrupted
+    n_in = min(n_prompt, n_held)
+    Console(stderr=True).print(summary(n_in, n_held - n_in, context.perf, context.stats))

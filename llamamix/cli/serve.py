@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ._options import add_command, add_kv_mixed, add_threads, model_path
+from ._options import add_command, add_kv_mixed, add_model, add_threads, model_path
 
 if TYPE_CHECKING:
     from ..server import Server
@@ -22,10 +22,8 @@ def register(commands: Any) -> None:
     parser = add_command(
         commands, "serve", "Run llama-server with the mixed KV cache; its URL goes to stdout when it is ready."
     )
-    parser.set_defaults(run=_run)
-    parser.add_argument(
-        "-m", "--model", required=True, metavar="MODEL", help="a GGUF file, or a name that 'pull' knows"
-    )
+    parser.set_defaults(run=_run, hint=_hint)
+    add_model(parser, required=True)
     parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="default: 127.0.0.1")
     parser.add_argument("--port", type=int, default=8080, metavar="N", help="0: a free one (default: 8080)")
     parser.add_argument("-c", "--ctx-size", type=int, metavar="N", help="of all slots (default: from the model)")
@@ -34,6 +32,17 @@ def register(commands: Any) -> None:
     parser.add_argument("-ngl", "--n-gpu-layers", type=int, metavar="N", help="default: all")
     add_kv_mixed(parser)
     parser.add_argument("args", nargs="*", metavar="-- ARG", help="more arguments, for llama-server")
+
+
+def _hint(args: argparse.Namespace, argv: Sequence[str], unknown: Sequence[str]) -> str:
+    """Most likely they are llama-server's options; their values look like arguments after --."""
+    left = [*unknown, *args.args]
+    theirs = []
+    for word in argv:
+        if word in left:
+            left.remove(word)
+            theirs.append(word)
+    return f"; options of llama-server come after --: llamamix serve -m {args.model} -- {' '.join(theirs)}"
 
 
 def _run(args: argparse.Namespace) -> int:
