@@ -67,7 +67,7 @@ class GgufFile:
             )
 
     def get(self, key: str) -> Any:
-        """A number, a text, a truth value, or a list of numbers; None: there is no such key, or a list of other things."""
+        """A number, a text, a truth value or a list of numbers; None: there is no such key, or a list of others."""
         i = lib.gguf_find_key(self._pointer, key.encode())
         if i < 0:
             return None

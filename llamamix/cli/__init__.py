@@ -8,18 +8,18 @@ from collections.abc import Sequence
 
 from . import bench, chat, demo, eval, generate, info, pull, selftest, serve, trace
 from ._errors import EXIT_ERROR, exit_code, fail, prepare_streams
-from ._options import no_hint
+from ._options import Parser
 
 _COMMANDS = (generate, chat, serve, info, bench, eval, pull, demo, trace, selftest)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llamamix", description="llama.cpp with a mixed KV cache: newest tokens in F16, older ones quantised.",
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--version", action=_Version)
-    parser.set_defaults(run=None, parser=parser, hint=no_hint)
+    parser.set_defaults(run=None, parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND")
     for command in _COMMANDS:
         command.register(commands)
@@ -43,11 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stdout is None:
         fail("Standard output is closed.")
         return EXIT_ERROR
-    argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{args.hint(args, argv, unknown)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.run is None:
         parser.print_help()
         return 0

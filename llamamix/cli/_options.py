@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from ..params import SamplingParams
@@ -16,16 +15,28 @@ UNLIMITED = 2**31 - 1
 MODEL_HELP = "a GGUF file, a name that 'pull' knows, or hf:ORG/REPO[:FILE or QUANT]"
 
 
-def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-    parser.set_defaults(parser=parser, hint=no_hint)
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors about arguments can end with a hint."""
+
+    hint = ""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(message if message.startswith("the following arguments are required") else message + self.hint)
+
+
+def add_command(commands: Any, name: str, text: str, usage: str) -> Parser:
+    """A sub-command.
+
+    text   what it does; its first sentence in the list of commands
+    usage  arguments that are needed, or that there is more to know about than that they are options
+    """
+    parser: Parser = commands.add_parser(
+        name, help=text.partition(". ")[0].rstrip("."), description=text, usage=f"llamamix {name} {usage}",
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.set_defaults(parser=parser)
     parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log on stderr")
     return parser
-
-
-def no_hint(_args: argparse.Namespace, _argv: Sequence[str], _unknown: Sequence[str]) -> str:
-    """What an error about unknown arguments ends with: nothing."""
-    return ""
 
 
 def add_model(parser: argparse._ActionsContainer, **options: Any) -> None:
@@ -91,6 +102,16 @@ def add_length(
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
 
 
+def max_tokens(args: argparse.Namespace) -> int:
+    """How many to generate. Raises ParamsError."""
+    from ..errors import ParamsError
+
+    n: int = args.predict
+    if n != -1 and not 1 <= n < UNLIMITED:
+        raise ParamsError(f"-n must be -1, or from 1 to {UNLIMITED - 1}, not {n}.")
+    return UNLIMITED if n == -1 else n
+
+
 def add_context(parser: argparse.ArgumentParser) -> None:
     context = parser.add_argument_group("context")
     context.add_argument(
@@ -105,7 +126,7 @@ def add_context(parser: argparse.ArgumentParser) -> None:
     context.add_argument("-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N", help="-1: all (default)")
     context.add_argument("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help="default: f16")
     context.add_argument("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help="default: f16")
-    context.add_argument("-fa", "--flash-attn", default="auto", metavar="on|off|auto", help="default: auto")
+    context.add_argument("-fa", "--flash-attn", default="auto", metavar="MODE", help="on, off or auto (default)")
     add_kv_mixed(context)
 
 

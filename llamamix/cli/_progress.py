@@ -18,8 +18,16 @@ _WIDE = 80  # columns that all there is to say needs
 
 @contextlib.contextmanager
 def bars(*columns: Any) -> Iterator[Any]:
-    """A ``rich.progress.Progress`` of these columns, which goes when it is over and leaves the log alone."""
-    with _progress(_console(), *columns) as progress:
+    """A ``rich.progress.Progress`` of these columns, which goes when it is over and leaves the log alone.
+
+    A narrow terminal has the text of the columns, and no bar.
+    """
+    from rich.progress import BarColumn
+
+    console = _console()
+    if console.width < _WIDE:
+        columns = tuple(column for column in columns if not isinstance(column, BarColumn))
+    with _progress(console, *columns) as progress:
         yield progress
 
 
@@ -120,7 +128,7 @@ def line(what: str, progress: PromptProgress, speed: float, is_wide: bool) -> st
     """What there is to say of a prompt, in 70 or in 40 columns."""
     stats = progress.stats
     parts = [f"{progress.n_done}/{progress.n_tokens}"]
-    if is_wide:
+    if is_wide and what:
         parts.insert(0, what)
     if speed > 0:
         parts.append(f"{speed:.0f} tokens/s" if is_wide else f"{speed:.0f}/s")

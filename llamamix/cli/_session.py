@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..context import Context
     from ..model import Model
+    from ..shape import ModelShape
 
 _STEP = 256  # a context is a multiple of so many tokens
 
@@ -21,26 +22,35 @@ def open_context(model: Model, params: Mapping[str, Any]) -> Context:
     Context raises.
     """
     from ..context import Context
+    from ..shape import ModelShape
 
-    _check_memory(model, params)
+    if model.params.n_gpu_layers == 0 or not _has_gpu():
+        check_memory(ModelShape.from_model(model), params)
     return Context(model, **params)
 
 
-def _check_memory(model: Model, params: Mapping[str, Any]) -> None:
+def _has_gpu() -> bool:
+    from ..bench import machine
+
+    return machine.gpu_info() != ""
+
+
+def check_memory(shape: ModelShape, params: Mapping[str, Any]) -> None:
+    """Raise ContextError for a KV cache that is larger than the memory that is free.
+
+    params  of them n_ctx, kv_mixed, type_k and type_v count
+    """
     from ..bench import machine
     from ..display import n_bytes
     from ..errors import ContextError, ModelError
     from ..params import resolve_kv_mixed
-    from ..shape import ModelShape, kv_bytes
+    from ..shape import kv_bytes
 
-    if machine.gpu_info() and model.params.n_gpu_layers != 0:
-        return  # it has memory of its own
     n_there = machine.memory_available()
-    shape = ModelShape.from_model(model)
     n_ctx = shape.n_ctx_padded(params["n_ctx"])
     kv_mixed = resolve_kv_mixed(params["kv_mixed"])
     n_needed = 0
-    with contextlib.suppress(ModelError, KeyError):  # Context says it better
+    with contextlib.suppress(ModelError, KeyError):  # who makes the context says it better
         if kv_mixed is None:
             n_needed = shape.kv_bytes(n_ctx, params.get("type_k", "f16"), params.get("type_v", "f16"))
         else:

@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 from ._files import check_outputs
 from ._options import add_command, add_model, model_path, read_text, start_log
 from ._output import FORMS, render, show
-from ._progress import bars
+from ._progress import Speed, bars, line
 
 if TYPE_CHECKING:
     from ..bench import Plan, Row
+    from ..stats import PromptProgress
 
 _N_THREADS_MIN = 1
+_WIDE = 120  # columns of a terminal that has room for all of a step
 
 
 def register(commands: Any) -> None:
     parser = add_command(
-        commands, "bench", "Measure KV cache configurations side by side: llama-bench's tests, in turn in one process."
+        commands, "bench", "Measure KV cache configurations side by side: llama-bench's tests, in turn in one process.",
+        usage="(-m MODEL | --replay FILE) [OPTION ...]",
     )
     parser.set_defaults(run=_run)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -51,7 +54,7 @@ def register(commands: Any) -> None:
         "--kv-mixed", action="append", metavar="SPEC",
         help="a mixed KV cache, e.g. hot=512,cold=q4_0 (repeatable; off: none; default: hot=512)",
     )  # fmt: skip
-    caches.add_argument("-fa", "--flash-attn", action="append", metavar="on|off|auto,..", help="default: auto")
+    caches.add_argument("-fa", "--flash-attn", action="append", metavar="MODE,..", help="on, off or auto (default)")
 
     context = parser.add_argument_group("context")
     context.add_argument("-b", "--batch-size", type=int, metavar="N", help="default: 2048")
@@ -61,8 +64,8 @@ def register(commands: Any) -> None:
 
     output = parser.add_argument_group("output")
     output.add_argument(
-        "-o", "--output", choices=FORMS, help="default: a table, in Markdown when stdout is no terminal; json, jsonl"
-        " and csv: all there is on stdout, the table on stderr",
+        "-o", "--output", metavar="FORM", choices=FORMS, help="md, json, jsonl or csv; default: a table, in Markdown"
+        " when stdout is no terminal; json, jsonl and csv: all there is on stdout, the table on stderr",
     )  # fmt: skip
     output.add_argument("--jsonl", metavar="FILE", help="record the run, for --replay")
     output.add_argument("--fit", action="store_true", help="fit the time per token over 3 depths or more")
@@ -177,9 +180,16 @@ class _Bar:
     def __init__(self, progress: Any, task: Any) -> None:
         self._progress = progress
         self._task = task
+        self._is_wide = progress.console.width >= _WIDE
+        self._what, self._speed = "", Speed()
 
     def step(self, what: str) -> None:
+        self._what, self._speed = what, Speed()
         self._progress.update(self._task, advance=1, description=what)
+
+    def tokens(self, progress: PromptProgress) -> None:
+        text = line("", progress, self._speed.at(progress.n_done), self._is_wide)
+        self._progress.update(self._task, description=f"{self._what} {text}")
 
     def note(self, text: str) -> None:
         print(f"llamamix: {text}", file=sys.stderr)

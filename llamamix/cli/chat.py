@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from ._flags import with_flags
 from ._options import (
-    UNLIMITED,
     add_command,
     add_context,
     add_length,
@@ -18,6 +17,7 @@ from ._options import (
     add_sampling,
     check_text,
     context_params,
+    max_tokens,
     model_path,
     sampling_params,
     start_log,
@@ -40,6 +40,7 @@ def register(commands: Any) -> None:
     parser = add_command(
         commands, "chat", "Talk with a model. Every line is a message (\\ at its end: it goes on), /help lists"
         " commands, Ctrl-C stops an answer. Only what is new of the conversation is computed.",
+        usage="-m MODEL [OPTION ...]",
     )  # fmt: skip
     parser.set_defaults(run=_run)
     add_model(parser, required=True)
@@ -59,8 +60,7 @@ def _run(args: argparse.Namespace) -> None:
     start_log(args)
     params = context_params(args)  # a mistake should not have to wait for the model
     sampling = sampling_params(args)
-    if args.predict != -1 and args.predict < 1:
-        raise ParamsError(f"-n must be -1 or at least 1, not {args.predict}.")
+    max_tokens(args)
     if args.system_prompt is not None:
         check_text(args.system_prompt, "-sys")
     if sys.stdin is None:
@@ -142,8 +142,8 @@ class _Chat:
         answer = ""
         try:
             generation = self._context.chat(
-                self._messages, UNLIMITED if self._args.predict == -1 else self._args.predict, self._sampling,
-                self._args.stop, template=self._args.chat_template,
+                self._messages, max_tokens(self._args), self._sampling, self._args.stop,
+                template=self._args.chat_template,
             )  # fmt: skip
             with Interrupt(generation.cancel) as interrupt, PromptBar(self._context) as bar:
                 for piece in generation:

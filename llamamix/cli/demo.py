@@ -19,6 +19,7 @@ def register(commands: Any) -> None:
     parser = add_command(
         commands, "demo", "Continue some pages of a novel through the mixed KV cache and then through a plain one, and"
         " show what the mixed one did, and the difference.",
+        usage="[OPTION ...]",
     )  # fmt: skip
     parser.set_defaults(run=_run)
     add_model(parser, default="smollm2", help="default: smollm2, pulled when needed; any that -m takes elsewhere")

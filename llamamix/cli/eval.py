@@ -25,6 +25,7 @@ def register(commands: Any) -> None:
         commands,
         "eval",
         "Compare what KV caches do to a model's predictions with an F16 cache: KL divergence and more.",
+        usage="(-m MODEL | --replay FILE) [OPTION ...]",
     )
     parser.set_defaults(run=_run)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -60,7 +61,7 @@ def register(commands: Any) -> None:
         "-ctk", "--cache-type-k", action="append", metavar="TYPE,..", help="plain caches; default: like -ctv"
     )
     caches.add_argument("-ctv", "--cache-type-v", action="append", metavar="TYPE,..", help="default: like -ctk")
-    caches.add_argument("-fa", "--flash-attn", metavar="on|off|auto", help="default: auto")
+    caches.add_argument("-fa", "--flash-attn", metavar="MODE", help="on, off or auto (default)")
     caches.add_argument(
         "--ablate", action="store_true", default=None, help="mixed caches without each ingredient as well"
     )
@@ -77,8 +78,8 @@ def register(commands: Any) -> None:
 
     output = parser.add_argument_group("output")
     output.add_argument(
-        "-o", "--output", choices=FORMS, help="default: tables, in Markdown when stdout is no terminal; json, jsonl and"
-        " csv: all there is on stdout, the tables on stderr",
+        "-o", "--output", metavar="FORM", choices=FORMS, help="md, json, jsonl or csv; default: tables, in Markdown"
+        " when stdout is no terminal; json, jsonl and csv: all there is on stdout, the tables on stderr",
     )  # fmt: skip
     output.add_argument("--jsonl", metavar="FILE", help="record the run, for --replay")
     output.add_argument("--plot", metavar="FILE", help="draw divergence over bytes, e.g. eval.png or .svg")

@@ -7,7 +7,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ._options import (
-    UNLIMITED,
     add_command,
     add_context,
     add_length,
@@ -15,6 +14,7 @@ from ._options import (
     add_prompt,
     add_sampling,
     context_params,
+    max_tokens,
     model_path,
     read_prompt,
     sampling_params,
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 def register(commands: Any) -> None:
-    parser = add_command(commands, "generate", "Generate text; it goes to stdout as it comes.")
+    parser = add_command(
+        commands, "generate", "Generate text; it goes to stdout as it comes.",
+        usage="-m MODEL (-p TEXT | -f FILE) [OPTION ...]",
+    )
     parser.set_defaults(run=_run)
     add_model(parser, required=True)
     add_prompt(parser, required=True)
@@ -51,6 +54,7 @@ def _run(args: argparse.Namespace) -> None:
     start_log(args)
     params = context_params(args)  # a mistake should not have to wait for the model
     sampling = sampling_params(args)
+    n_max = max_tokens(args)
     prompt = read_prompt(args)
 
     with (
@@ -59,7 +63,7 @@ def _run(args: argparse.Namespace) -> None:
     ):
         tokens = _tokens(model, prompt, args)
         check_prompt(context, len(tokens), args.predict)
-        pieces = context.generate(tokens, UNLIMITED if args.predict == -1 else args.predict, sampling, args.stop)
+        pieces = context.generate(tokens, n_max, sampling, args.stop)
         is_full = False
         with Interrupt(pieces.cancel) as interrupt, PromptBar(context) as bar:
             try:

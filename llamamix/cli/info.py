@@ -19,13 +19,14 @@ def register(commands: Any) -> None:
         "info",
         "Show a model's shape and the bytes of its KV cache by type. No weights are loaded. Layers with a sliding "
         "window have a small cache of their own, which is part of the bytes and not of those per token.",
+        usage="MODEL [OPTION ...]",
     )
     parser.set_defaults(run=_run)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("-c", "--ctx-size", type=int, default=0, metavar="N", help="0: from the model (default)")
     parser.add_argument(
-        "-o", "--output", choices=FORMS, help="default: a table, in Markdown when stdout is no terminal; json, jsonl"
-        " and csv: the shape and plain numbers of bytes",
+        "-o", "--output", metavar="FORM", choices=FORMS, help="md, json, jsonl or csv; default: a table, in Markdown"
+        " when stdout is no terminal; json, jsonl and csv: the shape and plain numbers of bytes",
     )  # fmt: skip
     add_kv_mixed(parser)
 

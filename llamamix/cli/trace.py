@@ -21,6 +21,7 @@ from ._options import (
     add_prompt,
     add_sampling,
     context_params,
+    max_tokens,
     model_path,
     read_prompt,
     sampling_params,
@@ -45,7 +46,8 @@ _LOG_LINES = ("[MIXED_CACHE", "llama_kv_cache_mixed: creating ")
 
 def register(commands: Any) -> None:
     parser = add_command(
-        commands, "trace", "Show what the mixed KV cache does while a model generates, or did in a recorded run."
+        commands, "trace", "Show what the mixed KV cache does while a model generates, or did in a recorded run.",
+        usage="(-m MODEL (-p TEXT | -f FILE) | --replay FILE) [OPTION ...]",
     )
     parser.set_defaults(run=_run)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -57,7 +59,10 @@ def register(commands: Any) -> None:
     output = parser.add_argument_group("output")
     form = output.add_mutually_exclusive_group()
     form.add_argument("--plain", action="store_true", help="lines, no live view (default when stdout is no terminal)")
-    form.add_argument("-o", "--output", choices=FORMS, help="the records on stdout, the summary on stderr")
+    form.add_argument(
+        "-o", "--output", metavar="FORM", choices=FORMS,
+        help="md, json, jsonl or csv: the records on stdout, the summary on stderr",
+    )  # fmt: skip
     output.add_argument("--jsonl", metavar="FILE", help="record the run, for --replay")
     output.add_argument("--plot", metavar="FILE", help="draw the timeline, e.g. run.png (needs matplotlib)")
     output.add_argument("--svg", metavar="FILE", help="save the last state of the live view as a picture")
@@ -83,8 +88,6 @@ def _run(args: argparse.Namespace) -> None:
         raise ParamsError("A prompt is needed, with -p or -f.")
     if not 0 <= args.speed < float("inf"):
         raise ParamsError(f"--speed must be 0 or more, not {args.speed}.")
-    if args.predict != -1 and args.predict < 1:
-        raise ParamsError(f"-n must be -1 or at least 1, not {args.predict}.")
     check_outputs(args, check_matplotlib)  # a mistake should not have to wait for the run
     if args.replay:
         _replay(args)
@@ -110,6 +113,7 @@ def _record(args: argparse.Namespace) -> None:
         raise ParamsError("A trace is about the mixed KV cache; --kv-mixed can not be off.")
     params = context_params(args)
     sampling = sampling_params(args)
+    n_max = max_tokens(args)
     prompt = read_prompt(args)
     plain = _is_plain(args)
 
@@ -121,7 +125,6 @@ def _record(args: argparse.Namespace) -> None:
     ):
         tokens = model.tokenize(prompt, parse_special=True)
         check_prompt(context, len(tokens), args.predict)
-        n_max = UNLIMITED if args.predict == -1 else args.predict
         pieces = context.generate(tokens, n_max, sampling, args.stop)
         header = Header(
             format=FORMAT,
