@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace) -> None:
         sys.stdout.write("\n\n")
         sys.stdout.flush()
         plain = _continue(model, params | {"kv_mixed": False}, tokens, args.predict, is_shown=False)
-        sys.stdout.write(_difference(model, mixed, plain))
+        sys.stdout.write(difference(model, mixed, plain))
     console = Console()
     for table in comparison(mixed, plain):
         console.print(table)
@@ -81,10 +81,11 @@ def _continue(model: Model, params: dict[str, Any], tokens: list[int], n_predict
             return run(context, tokens, n_predict, emit)
 
 
-def _difference(model: Model, mixed: DemoRun, plain: DemoRun) -> str:
+def difference(model: Model, mixed: DemoRun, plain: DemoRun) -> str:
     """In words, what a plain cache makes of the text."""
-    n_same, n = mixed.n_same(plain), len(plain.tokens)
+    n_same = mixed.n_same(plain)
+    same = f"A plain cache continues with the same {n_same} tokens"
     if mixed.tokens == plain.tokens:
-        return f"A plain cache continues with the same {n} tokens.\n\n"
+        return f"{same}.\n\n"
     rest = model.detokenize(plain.tokens[n_same:]).strip()
-    return f"A plain cache continues with the same {n_same} tokens, and then otherwise: {rest}\n\n"
+    return f"{same}, and then otherwise: {rest}\n\n" if rest else f"{same}, and ends there.\n\n"

@@ -14,7 +14,9 @@ import pytest
 from helpers.command import assert_error, command, run
 
 import llamamix.pull
-from llamamix import Context, Model, SamplingParams
+from llamamix import Context, Model, PerfData, SamplingParams
+from llamamix.cli.demo import difference
+from llamamix.demo import DemoRun
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -263,14 +265,13 @@ def test_demo(capsys: pytest.CaptureFixture, smollm2_path: Path, botchan_path: P
     flags = ("-p", 300, "-n", 8, "-c", 512, "-t", 1)
     code, out, err = run(capsys, "demo", *flags, "--kv-mixed", "hot=128,group=32")
     assert (code, err) == (0, "")
-    text, difference, tables = out.split("\n\n", 2)
+    text, said_of_it, tables = out.split("\n\n", 2)
     assert text.strip()
     rows = table_rows(tables)
     assert rows["tokens in"] == ["300", "300", ""]
     n_out, n_out_plain = map(int, rows["tokens out"][:2])
     n_same = int(rows["the same"][0])
     assert 1 <= n_out <= 8 and 1 <= n_out_plain <= 8 and 0 <= n_same <= min(n_out, n_out_plain)
-    assert f"with the same {n_same} tokens" in difference
     hot, hot_size = map(int, rows["hot cells (f16)"][0].split(" of "))
     cold, cold_size = map(int, rows["cold cells (iq4_nl)"][0].split(" of "))
     assert (hot_size, cold_size) == (128, 512 - 128) and hot + cold == 300 + n_out
@@ -282,16 +283,27 @@ def test_demo(capsys: pytest.CaptureFixture, smollm2_path: Path, botchan_path: P
     with Model(smollm2_path) as model:
         tokens = model.tokenize(botchan_path.read_text(encoding="utf-8"))[:300]
         with Context(model, n_ctx=512, n_threads=1, kv_mixed=False) as context:
-            said = "".join(context.generate(tokens, 8, SamplingParams(temperature=0, repeat_penalty=1.1)))
+            for _ in context.generate(tokens, 8, SamplingParams(temperature=0, repeat_penalty=1.1)):
+                pass
             rest = model.detokenize(context.memory.held.tokens(0)[300 + n_same :]).strip()
-    assert difference.lstrip("\n") == f"A plain cache continues with the same {n_same} tokens" + (
+    assert said_of_it.lstrip("\n") == f"A plain cache continues with the same {n_same} tokens" + (
         f", and then otherwise: {rest}" if rest else "."
     )
 
-    # a cache that is all hot says what a plain one does
-    code, out, err = run(capsys, "demo", *flags, "--kv-mixed", "hot=512")
-    assert (code, err) == (0, "")
-    assert out.startswith(f"{said}\n\nA plain cache continues with the same {n_out_plain} tokens.\n\n")
+
+def test_the_difference_in_words(tiny_model: Model) -> None:
+    perf = PerfData(1, 1, 0, 0.0, 1.0, 1.0)
+    the, of, to = (tiny_model.tokenize(word, add_special=False)[-1] for word in ("the", "of", "to"))
+
+    def words(mixed: list[int], plain: list[int]) -> str:
+        runs = (DemoRun(9, tuple(tokens), perf, None) for tokens in (mixed, plain))
+        return difference(tiny_model, *runs)
+
+    assert words([the, of], [the, of]) == "A plain cache continues with the same 2 tokens.\n\n"
+    rest = tiny_model.detokenize([to, the]).strip()
+    expected = f"A plain cache continues with the same 1 tokens, and then otherwise: {rest}\n\n"
+    assert words([the, of], [the, to, the]) == expected
+    assert words([the, of], [the]) == "A plain cache continues with the same 1 tokens, and ends there.\n\n"
 
 
 #
