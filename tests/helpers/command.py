@@ -6,15 +6,20 @@ import fcntl
 import os
 import pty
 import re
+import select
+import signal
 import struct
 import sys
 import termios
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 
 from llamamix.cli import main
+
+_TIMEOUT = 60  # seconds
 
 #: exit code, stdout, stderr
 Result = tuple[int, str, str]
@@ -70,7 +75,12 @@ def in_terminal(
         os.execv(arguments[0], arguments)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     written = b""
+    end = time.monotonic() + _TIMEOUT
     while True:
+        if not select.select([terminal], [], [], max(0.0, end - time.monotonic()))[0]:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            pytest.fail(f"it did not end within {_TIMEOUT} s: {written.decode('utf-8', 'replace')[-2000:]!r}")
         try:
             part = os.read(terminal, 1 << 16)
         except OSError:  # Linux's end of a terminal
