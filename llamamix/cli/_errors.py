@@ -48,7 +48,7 @@ def _sentence(error: LlamamixError | OSError) -> str:
     if isinstance(error, (ParamsError, ContextError)):
         return with_flags(str(error))
     if isinstance(error, OSError) and error.strerror:
-        what = f"{os.fsdecode(error.filename)} can not be used" if error.filename else "It can not be written"
+        what = f"{os.fsdecode(error.filename)} can not be used" if error.filename else "The output can not be written"
         return f"{what}: {error.strerror}."
     return str(error)
 

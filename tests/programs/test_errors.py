@@ -222,7 +222,7 @@ def test_closed_streams(tiny_model_path: Path) -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
 def test_a_stdout_that_is_full(tiny_model_path: Path) -> None:
     for args in (generate(tiny_model_path, "-p", "in the"), ("info", tiny_model_path)):
-        one_sentence(shell(">/dev/full", *args), 1, "It can not be written: No space left on device.")
+        one_sentence(shell(">/dev/full", *args), 1, "The output can not be written: No space left on device.")
 
 
 def test_text_that_is_not_utf_8(tiny_model_path: Path, tmp_path: Path) -> None:
