@@ -37,7 +37,7 @@ _MODULES = {
     "presets": ("PRESETS",),
     "sampling": ("Sampler",),
     "sbatch": ("SBatch", "UBatch"),
-    "stats": ("CacheStats", "PerfData"),
+    "stats": ("CacheStats", "PerfData", "PromptProgress"),
     "tier": ("Cell", "Tier"),
     "trace": ("Trace", "TraceError"),
 }
@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from .sbatch import UBatch as UBatch
     from .stats import CacheStats as CacheStats
     from .stats import PerfData as PerfData
+    from .stats import PromptProgress as PromptProgress
     from .tier import Cell as Cell
     from .tier import Tier as Tier
     from .trace import Trace as Trace

@@ -17,7 +17,7 @@ from .model import Model, as_tokens
 from .params import N_THREADS_MAX, POS_MAX, ContextParams, KVMixedParams, SamplingParams, check_int, options_of
 from .sampling import Sampler
 from .state import load_state, save_state, state_body
-from .stats import CacheStats, PerfData
+from .stats import CacheStats, PerfData, PromptProgress, read_stats
 from .text import TextStream
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Context(Decoder):
         """What it is, with bars of the cells in use where its cache is a mixed one, for notebooks."""
         head = f"<pre>{html.escape(repr(self))}</pre>"
         with self._handle.glance() as ctx:
-            stats = None if ctx is None else self._read_stats(ctx)
+            stats = None if ctx is None else read_stats(ctx)
         return head if stats is None else head + stats._repr_html_()
 
     def close(self) -> None:
@@ -317,12 +317,7 @@ class Context(Decoder):
     def stats(self) -> CacheStats | None:
         """What the mixed KV cache holds and has done, as of now; None: the cache is a plain one."""
         with self._handle as ctx:
-            return self._read_stats(ctx)
-
-    def _read_stats(self, ctx: Any) -> CacheStats | None:
-        c_stats = sized("struct llama_kv_mixed_stats *")
-        code = lib.llama_kv_mixed_get_stats(lib.llama_get_memory(ctx), c_stats)
-        return CacheStats.from_c(c_stats) if code == 0 else None
+            return read_stats(ctx)
 
     @property
     def perf(self) -> PerfData:
@@ -397,6 +392,17 @@ class Context(Decoder):
         if callback is not None and not callable(callback):
             raise ParamsError(f"The abort callback must be a function or None, not {callback!r}.")
         self._abort = callback
+
+    def set_progress_callback(self, callback: Callable[[PromptProgress], None] | None) -> None:
+        """A function that is told how far it is while 32 tokens or more are computed, and when they are done.
+
+        It is called some ten times a second on the CPU, and after every n_batch tokens elsewhere, by the thread that
+        computes. None: no function. It must not use the context; an exception that it raises ends the decode and comes
+        out of it.
+        """
+        if callback is not None and not callable(callback):
+            raise ParamsError(f"The progress callback must be a function or None, not {callback!r}.")
+        self._progress = callback
 
     @property
     def n_threads(self) -> int:

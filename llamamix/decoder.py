@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,12 +20,15 @@ from .memory import Memory
 from .model import Model, as_tokens
 from .params import POS_MAX, ContextParams, check_int
 from .pooling import NONE, RANK, Pooling
+from .stats import PromptProgress, read_stats
 from .tokens import Tokens, check_order, output_mask, positions, sequence_ids
 
 _REASONS = {1: "the KV cache is full", 2: "the abort callback ended it"}
 
 # a batch of so many tokens computes for long enough that Ctrl-C should not have to wait for it
 _N_TOKENS_INTERRUPTIBLE = 32
+
+_PROGRESS_INTERVAL = 0.1  # seconds
 
 
 class Decoder:
@@ -74,6 +78,7 @@ class Decoder:
         self._has_outputs = False
         self._n_cold = 0  # tokens whose rows were quantised, and less exact than hot ones, in the last decode
         self._abort: Callable[[], bool] | None = None
+        self._progress: Callable[[PromptProgress], None] | None = None
 
     def decode(
         self,
@@ -239,10 +244,11 @@ class Decoder:
         self._check_room(ctx, spans)
 
         self._drop_outputs()
+        report = self._reporter(ctx, n, spans) if n >= _N_TOKENS_INTERRUPTIBLE else None
         try:
             for start in range(0, n, self.n_batch):
                 part = batch if n <= self.n_batch else batch[start : start + self.n_batch]
-                code, reason = self._call_decode(ctx, part, is_cancelled)
+                code, reason = self._call_decode(ctx, part, is_cancelled, report)
                 if code == 1 and start > 0:
                     self._undo(ctx, spans)
                 check(code, f"{n} tokens can not be decoded", reason)
@@ -251,6 +257,8 @@ class Decoder:
                     self._earlier.append((self._copy_logits(ctx), self._copy_embeddings(ctx)))
         finally:
             self._note_held(ctx, batch, spans)
+        if report is not None:
+            report(True)
         self._n_cold = self._count_cold(ctx) if self.params.embeddings else 0
         self._has_outputs = True
 
@@ -291,7 +299,33 @@ class Decoder:
                 f"Sequence {seq_id} would have {n_cells} tokens, and the context holds {self.n_ctx_seq}.", 1
             )
 
-    def _call_decode(self, ctx: Any, part: Tokens, is_cancelled: Callable[[], bool] | None) -> tuple[int, str]:
+    def _reporter(self, ctx: Any, n: int, spans: Mapping[int, tuple[int, int]]) -> Callable[[bool], None] | None:
+        """What tells the progress callback how far n tokens are, at the end and every _PROGRESS_INTERVAL before."""
+        callback = self._progress
+        if callback is None:
+            return None
+        due, n_done, n_held = 0.0, 0, 0
+
+        def report(at_end: bool) -> None:
+            nonlocal due, n_done, n_held
+            now = time.monotonic()
+            if now < due and not at_end:
+                return
+            due = now + _PROGRESS_INTERVAL
+            n_now = sum(max(0, self._next_pos(ctx, seq_id) - first) for seq_id, (first, _) in spans.items())
+            if n_now > n_held:  # the tokens of a ubatch are in the cache when its computation begins
+                n_done, n_held = n_held, n_now
+            callback(PromptProgress(n if at_end else min(n_done, n), n, read_stats(ctx)))
+
+        return report
+
+    def _call_decode(
+        self,
+        ctx: Any,
+        part: Tokens,
+        is_cancelled: Callable[[], bool] | None,
+        report: Callable[[bool], None] | None,
+    ) -> tuple[int, str]:
         note_threads(self._n_threads_max)
         c_batch, keep = part.to_c()
         abort = self._abort
@@ -300,6 +334,8 @@ class Decoder:
                 abort = _either(abort, is_cancelled)
             elif abort is None and threading.current_thread() is threading.main_thread():
                 abort = _never  # Python looks for Ctrl-C whenever it is called
+        if report is not None:
+            abort = _reporting(report, abort)
         raised: list[BaseException] = []
         callback = _abort_callback(abort, raised) if abort is not None else ffi.NULL
         try:
@@ -416,6 +452,16 @@ def _never() -> bool:
 
 def _either(first: Callable[[], bool] | None, second: Callable[[], bool]) -> Callable[[], bool]:
     return second if first is None else lambda: first() or second()
+
+
+def _reporting(report: Callable[[bool], None], abort: Callable[[], bool] | None) -> Callable[[], bool]:
+    """An abort callback that tells how far it is."""
+
+    def ask() -> bool:
+        report(False)
+        return abort is not None and abort()
+
+    return ask
 
 
 def _abort_callback(abort: Callable[[], bool], raised: list[BaseException]) -> Any:

@@ -1,55 +1,45 @@
-"""A long real prompt and its continuation through the mixed KV cache."""
+"""A long real prompt and its continuation, through the mixed KV cache and through a plain one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+import numpy as np
 
 from .context import Context
-from .errors import ContextError
-from .model import Model
-from .params import KVMixedParams, SamplingParams
+from .held import common_prefix
+from .params import SamplingParams
 from .stats import CacheStats, PerfData
 
 
 @dataclass(frozen=True, slots=True)
-class DemoResult:
-    """What a demo run did.
+class DemoRun:
+    """What one cache did.
 
-    n_prompt, n_generated  tokens
-    stats                  the cache at the end
-    perf                   times of prefill and decode
+    n_prompt  tokens of the prompt
+    tokens    what was generated, token ids
+    perf      times of prefill and decode
+    stats     the cache at the end, None: it is a plain one
     """
 
     n_prompt: int
-    n_generated: int
-    stats: CacheStats
+    tokens: tuple[int, ...]
     perf: PerfData
+    stats: CacheStats | None
+
+    def n_same(self, other: DemoRun) -> int:
+        """How many tokens the two begin with that are the same."""
+        return common_prefix(np.array(self.tokens), np.array(other.tokens))
 
 
-def run(
-    model_path: Path,
-    text_path: Path,
-    emit: Callable[[str], None],
-    *,
-    n_prompt: int = 3000,
-    n_predict: int = 128,
-    n_ctx: int = 8192,
-    kv_mixed: KVMixedParams | None = None,
-    n_threads: int | None = None,
-) -> DemoResult:
-    """Continue the first ``n_prompt`` tokens of a text, giving each new piece to ``emit``.
+def run(context: Context, prompt: Sequence[int], n_predict: int, emit: Callable[[str], None]) -> DemoRun:
+    """Continue a prompt with what is most likely, giving each new piece of text to ``emit``.
 
-    Raises what Model, Context and Context.generate() raise.
+    Raises what Context.generate() raises.
     """
-    with Model(model_path) as model:
-        tokens = model.tokenize(text_path.read_text(encoding="utf-8"))[:n_prompt]
-        with Context(model, n_ctx=n_ctx, n_threads=n_threads, kv_mixed=kv_mixed or KVMixedParams()) as context:
-            for piece in context.generate(tokens, n_predict, SamplingParams(temperature=0, repeat_penalty=1.1)):
-                emit(piece)
-            stats = context.stats
-            if stats is None:
-                raise ContextError("The context has no mixed KV cache.")
-            n_held = context.memory.seq_pos_max() + 1
-            return DemoResult(len(tokens), n_held - len(tokens), stats, context.perf)
+    for piece in context.generate(list(prompt), n_predict, SamplingParams(temperature=0, repeat_penalty=1.1)):
+        emit(piece)
+    held = context.memory.held.tokens(0)
+    new = () if held is None else tuple(int(token) for token in held[len(prompt) :])
+    return DemoRun(len(prompt), new, context.perf, context.stats)

@@ -15,6 +15,19 @@ def mib(n_bytes: int) -> str:
     return f"{n_bytes / _MIB:.1f} MiB"
 
 
+def n_bytes(n: int) -> str:
+    """A number of bytes in the unit that suits it: 720 B, 22.5 KiB, 59.4 MiB, 7.6 TiB."""
+    if n < 1024:
+        return f"{n} B"
+    value, units = n / 1024, iter(("KiB", "MiB", "GiB", "TiB", "PiB"))
+    unit = next(units)
+    for larger in units:
+        if value < 999.95:  # what would be written as 1000.0
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.1f} {unit}"
+
+
 def types(k: str, v: str) -> str:
     """The types of K and V, once when they are the same."""
     return k if k == v else f"{k}, {v}"

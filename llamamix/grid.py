@@ -40,7 +40,8 @@ class Grid:
     def rich(self, width: int | None = None) -> Table:
         """Caption and table for a rich console of so many columns.
 
-        Where numbers have room beside a name that is folded they are not folded too.
+        Where numbers have room beside a name that is folded they are not folded too. Where they have none, each row
+        becomes lines of a heading and a cell.
         """
         from rich import box
         from rich.table import Table
@@ -49,18 +50,43 @@ class Grid:
         table = Table(
             title=Text(self.caption), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
         )
-        widths = [max(map(len, (column, *cells))) for column, *cells in zip(self.columns, *self.rows, strict=True)]
-        needed = sum(n + _GAP if right else _NAME_MIN for n, right in zip(widths, self.right, strict=True))
+        widths = self._widths(width)
+        if widths is None:
+            table.show_header = False
+            table.add_column(style="bold")
+            table.add_column(overflow="fold")
+            for i, row in enumerate(self.rows):
+                if i > 0:
+                    table.add_row()
+                for heading, cell in zip(self.columns, row, strict=True):
+                    if cell:
+                        table.add_row(Text(heading), Text(cell))
+            return table
         for column, right, n in zip(self.columns, self.right, widths, strict=True):
-            table.add_column(
-                Text(column),
-                justify="right" if right else "left",
-                overflow="fold",
-                min_width=n if right and width is not None and needed <= width else None,
-            )
+            table.add_column(Text(column), justify="right" if right else "left", overflow="fold", min_width=n)
         for row in self.rows:
             table.add_row(*map(Text, row))
         return table
+
+    def _widths(self, width: int | None) -> Sequence[int | None] | None:
+        """The least width of each column, None: whatever it gets; None instead of all: there is no room for them.
+
+        That of numbers is their own; names can be folded. So can headings, where they are in the way.
+        """
+        if width is None:
+            return [None] * len(self.columns)
+        for headings in (self.columns, [_longest_word(column) for column in self.columns]):
+            widths = [
+                max(map(len, (heading, *cells))) if right else min(_NAME_MIN, max(map(len, map(_longest_word, cells))))
+                for heading, right, *cells in zip(headings, self.right, *self.rows, strict=True)
+            ]
+            if sum(widths) + _GAP * (len(widths) - 1) <= width:
+                return widths
+        return None
+
+
+def _longest_word(text: str) -> str:
+    return max(text.split(), key=len, default="")
 
 
 def grid(caption: str, columns: Sequence[Column]) -> Grid:

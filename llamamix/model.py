@@ -13,6 +13,7 @@ import numpy as np
 from ._ffi import error_lines, ffi, lib
 from ._handle import Handle
 from .errors import ModelError, ParamsError
+from .gguf_file import GgufFile, check_file, path_bytes
 from .params import ModelParams, options_of
 
 if TYPE_CHECKING:
@@ -111,10 +112,11 @@ class Model:
         self._templates: dict[str, ChatTemplate] = {}  # compiled, by their source
 
         with error_lines() as errors:
-            pointer = lib.llama_model_load_from_file(_path_bytes(self.path), self.params.to_c())
+            pointer = lib.llama_model_load_from_file(path_bytes(self.path), self.params.to_c())
             if pointer != ffi.NULL:
                 self._handle = Handle(pointer, lib.llama_model_free, None, "model", ModelError)
         if self._handle is None:
+            GgufFile(self.path)  # says it in plainer words where the file is damaged or not complete
             raise ModelError(f"{self.path} can not be loaded: {errors.reason() or 'libllama gives no reason'}.")
 
     @classmethod
@@ -497,18 +499,5 @@ def _check_path(given: Any) -> Path:
         raise ParamsError(f"A model's path must be a str or a path, not {given!r}.") from None
     if "\0" in str(path):
         raise ParamsError("A model's path can not have a NUL character.")
-    if path.is_dir():
-        raise ModelError(f"{path} is a directory, not a GGUF file.")
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise ModelError(f"{path} can not be read: {error.strerror}.") from None
-    if magic != b"GGUF":
-        raise ModelError(f"{path} is not a GGUF file.")
+    check_file(path)
     return path
-
-
-def _path_bytes(path: Path) -> bytes:
-    # llama.cpp takes UTF-8 on Windows, and what the file system has elsewhere
-    return str(path).encode("utf-8") if os.name == "nt" else os.fsencode(path)

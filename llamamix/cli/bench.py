@@ -8,23 +8,27 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._options import add_command, model_path, start_log
+from ._files import check_outputs
+from ._options import add_command, add_model, model_path, read_text, start_log
 from ._output import FORMS, render, show
-from ._progress import bars
+from ._progress import Speed, bars, line
 
 if TYPE_CHECKING:
     from ..bench import Plan, Row
+    from ..stats import PromptProgress
 
 _N_THREADS_MIN = 1
+_WIDE = 120  # columns of a terminal that has room for all of a step
 
 
 def register(commands: Any) -> None:
     parser = add_command(
-        commands, "bench", "Measure KV cache configurations side by side: llama-bench's tests, in turn in one process."
+        commands, "bench", "Measure KV cache configurations side by side: llama-bench's tests, in turn in one process.",
+        usage="(-m MODEL | --replay FILE) [OPTION ...]",
     )
     parser.set_defaults(run=_run)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("-m", "--model", metavar="MODEL", help="a GGUF file, or a name that 'pull' knows")
+    add_model(source)
     source.add_argument("--replay", metavar="FILE", help="look at a run that -o jsonl or --jsonl recorded")
 
     # None where nothing is given, so that --replay can refuse what is; lists may be given several times
@@ -50,7 +54,7 @@ def register(commands: Any) -> None:
         "--kv-mixed", action="append", metavar="SPEC",
         help="a mixed KV cache, e.g. hot=512,cold=q4_0 (repeatable; off: none; default: hot=512)",
     )  # fmt: skip
-    caches.add_argument("-fa", "--flash-attn", action="append", metavar="on|off|auto,..", help="default: auto")
+    caches.add_argument("-fa", "--flash-attn", action="append", metavar="MODE,..", help="on, off or auto (default)")
 
     context = parser.add_argument_group("context")
     context.add_argument("-b", "--batch-size", type=int, metavar="N", help="default: 2048")
@@ -60,8 +64,8 @@ def register(commands: Any) -> None:
 
     output = parser.add_argument_group("output")
     output.add_argument(
-        "-o", "--output", choices=FORMS, help="default: a table, in Markdown when stdout is no terminal; json, jsonl"
-        " and csv: all there is on stdout, the table on stderr",
+        "-o", "--output", metavar="FORM", choices=FORMS, help="md, json, jsonl or csv; default: a table, in Markdown"
+        " when stdout is no terminal; json, jsonl and csv: all there is on stdout, the table on stderr",
     )  # fmt: skip
     output.add_argument("--jsonl", metavar="FILE", help="record the run, for --replay")
     output.add_argument("--fit", action="store_true", help="fit the time per token over 3 depths or more")
@@ -80,8 +84,7 @@ def _run(args: argparse.Namespace) -> None:
     from ..errors import ParamsError
 
     start_log(args)
-    if args.plot:
-        check_matplotlib()  # a mistake should not have to wait for the run
+    check_outputs(args, check_matplotlib)  # a mistake should not have to wait for the run
     if args.replay is None:
         _measure(args)
         return
@@ -114,7 +117,7 @@ def _measure(args: argparse.Namespace) -> None:
         raise ParamsError(f"-s must be 0 or more, not {seed}.")
     model_params = {} if args.n_gpu_layers is None else {"n_gpu_layers": args.n_gpu_layers}
     ModelParams(**model_params)
-    text = None if args.file is None else _read(args.file)
+    text = None if args.file is None else read_text(args.file)
 
     with Model(model_path(args.model), **model_params) as model, _Output(args) as output:
         n_tokens = max(plan.n_depth) + plan.n_tokens_max
@@ -164,13 +167,6 @@ def _names(texts: Sequence[str] | None) -> list[str] | None:
     return None if texts is None else [name.strip() for name in ",".join(texts).split(",")]
 
 
-def _read(file: str) -> str:
-    if file == "-":
-        return sys.stdin.read()
-    with open(file, encoding="utf-8") as stream:
-        return stream.read()
-
-
 @contextlib.contextmanager
 def _progress(n_steps: int) -> Iterator[_Bar]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -184,9 +180,16 @@ class _Bar:
     def __init__(self, progress: Any, task: Any) -> None:
         self._progress = progress
         self._task = task
+        self._is_wide = progress.console.width >= _WIDE
+        self._what, self._speed = "", Speed()
 
     def step(self, what: str) -> None:
+        self._what, self._speed = what, Speed()
         self._progress.update(self._task, advance=1, description=what)
+
+    def tokens(self, progress: PromptProgress) -> None:
+        text = line("", progress, self._speed.at(progress.n_done), self._is_wide)
+        self._progress.update(self._task, description=f"{self._what} {text}")
 
     def note(self, text: str) -> None:
         print(f"llamamix: {text}", file=sys.stderr)

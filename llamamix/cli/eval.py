@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._options import add_command, model_path, start_log
+from ._files import check_outputs
+from ._options import MODEL_HELP, add_command, add_model, model_path, start_log
 from ._output import FORMS, render, show
 from ._progress import bars
 
@@ -24,13 +25,11 @@ def register(commands: Any) -> None:
         commands,
         "eval",
         "Compare what KV caches do to a model's predictions with an F16 cache: KL divergence and more.",
+        usage="(-m MODEL | --replay FILE) [OPTION ...]",
     )
     parser.set_defaults(run=_run)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "-m", "--model", action="append", metavar="MODEL",
-        help="a GGUF file, or a name that 'pull' knows (repeatable: one after the other)",
-    )  # fmt: skip
+    add_model(source, action="append", help=f"{MODEL_HELP} (repeatable: one after the other)")
     source.add_argument(
         "--replay", action="append", metavar="FILE", help="look at a run that -o jsonl or --jsonl recorded (repeatable)"
     )
@@ -62,7 +61,7 @@ def register(commands: Any) -> None:
         "-ctk", "--cache-type-k", action="append", metavar="TYPE,..", help="plain caches; default: like -ctv"
     )
     caches.add_argument("-ctv", "--cache-type-v", action="append", metavar="TYPE,..", help="default: like -ctk")
-    caches.add_argument("-fa", "--flash-attn", metavar="on|off|auto", help="default: auto")
+    caches.add_argument("-fa", "--flash-attn", metavar="MODE", help="on, off or auto (default)")
     caches.add_argument(
         "--ablate", action="store_true", default=None, help="mixed caches without each ingredient as well"
     )
@@ -79,8 +78,8 @@ def register(commands: Any) -> None:
 
     output = parser.add_argument_group("output")
     output.add_argument(
-        "-o", "--output", choices=FORMS, help="default: tables, in Markdown when stdout is no terminal; json, jsonl and"
-        " csv: all there is on stdout, the tables on stderr",
+        "-o", "--output", metavar="FORM", choices=FORMS, help="md, json, jsonl or csv; default: tables, in Markdown"
+        " when stdout is no terminal; json, jsonl and csv: all there is on stdout, the tables on stderr",
     )  # fmt: skip
     output.add_argument("--jsonl", metavar="FILE", help="record the run, for --replay")
     output.add_argument("--plot", metavar="FILE", help="draw divergence over bytes, e.g. eval.png or .svg")
@@ -99,8 +98,7 @@ def _run(args: argparse.Namespace) -> None:
     from ..eval.plot import check_matplotlib
 
     start_log(args)
-    if args.plot:
-        check_matplotlib()  # a mistake should not have to wait for the run
+    check_outputs(args, check_matplotlib)  # a mistake should not have to wait for the run
     if args.replay is None:
         _measure(args)
         return

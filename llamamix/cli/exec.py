@@ -14,9 +14,9 @@ from ._options import add_command
 def register(commands: Any) -> None:
     parser = add_command(
         commands, "exec",
-        "Run a program of llama.cpp that came with this install: llama-server, llama-cli, llama-completion,"
-        " llama-perplexity or llama-bench. All that follows its name is its own; LLAMA_KV_MIXED=1 in the environment"
-        " gives it the mixed KV cache.",
+        "Run a program of llama.cpp that came with this install. There are llama-server, llama-cli, llama-completion,"
+        " llama-perplexity and llama-bench. All that follows the name is the program's own.",
+        "PROGRAM [ARG ...]",
     )  # fmt: skip
     parser.set_defaults(run=_run)
     parser.add_argument("program", metavar="PROGRAM", help="its name, with or without llama-")

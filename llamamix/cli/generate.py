@@ -7,18 +7,21 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ._options import (
-    UNLIMITED,
     add_command,
     add_context,
     add_length,
+    add_model,
     add_prompt,
     add_sampling,
     context_params,
+    max_tokens,
     model_path,
     read_prompt,
     sampling_params,
     start_log,
 )
+from ._progress import PromptBar
+from ._session import Interrupt, check_prompt, full, open_context
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -26,11 +29,12 @@ if TYPE_CHECKING:
 
 
 def register(commands: Any) -> None:
-    parser = add_command(commands, "generate", "Generate text; it goes to stdout as it comes.")
-    parser.set_defaults(run=_run)
-    parser.add_argument(
-        "-m", "--model", required=True, metavar="MODEL", help="a GGUF file, or a name that 'pull' knows"
+    parser = add_command(
+        commands, "generate", "Generate text; it goes to stdout as it comes.",
+        usage="-m MODEL (-p TEXT | -f FILE) [OPTION ...]",
     )
+    parser.set_defaults(run=_run)
+    add_model(parser, required=True)
     add_prompt(parser, required=True)
     parser.add_argument(
         "-cnv", "--conversation", "--chat", action="store_true", help="the prompt is a message to a chat model"
@@ -44,31 +48,39 @@ def register(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from ..context import Context
     from ..errors import ContextFullError
     from ..model import Model
 
     start_log(args)
     params = context_params(args)  # a mistake should not have to wait for the model
     sampling = sampling_params(args)
+    n_max = max_tokens(args)
     prompt = read_prompt(args)
 
     with (
         Model(model_path(args.model), n_gpu_layers=args.n_gpu_layers) as model,
-        Context(model, **params) as context,
+        open_context(model, params) as context,
     ):
         tokens = _tokens(model, prompt, args)
-        unlimited = args.predict == -1
-        try:
-            for piece in context.generate(tokens, UNLIMITED if unlimited else args.predict, sampling, args.stop):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        except ContextFullError:
-            if not unlimited or context.memory.seq_pos_max() < len(tokens):
-                raise
+        check_prompt(context, len(tokens), args.predict)
+        pieces = context.generate(tokens, n_max, sampling, args.stop)
+        is_full = False
+        with Interrupt(pieces.cancel) as interrupt, PromptBar(context) as bar:
+            try:
+                for piece in pieces:
+                    bar.stop()
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+            except ContextFullError:
+                is_full = args.predict != -1
         sys.stdout.write("\n")
+        sys.stdout.flush()
         if args.stats:
             _print_stats(context, len(tokens))
+        if interrupt.requested:
+            raise KeyboardInterrupt
+        if is_full:
+            raise full(context, len(tokens))
 
 
 def _tokens(model: Model, prompt: str, args: argparse.Namespace) -> list[int]:
@@ -85,5 +97,6 @@ def _print_stats(context: Context, n_prompt: int) -> None:
 
     from ._tables import summary
 
-    n_generated = context.memory.seq_pos_max() + 1 - n_prompt
-    Console(stderr=True).print(summary(n_prompt, n_generated, context.perf, context.stats))
+    n_held = context.memory.seq_pos_max() + 1  # less than the prompt when that was interrupted
+    n_in = min(n_prompt, n_held)
+    Console(stderr=True).print(summary(n_in, n_held - n_in, context.perf, context.stats))

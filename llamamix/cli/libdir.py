@@ -11,7 +11,8 @@ from ._options import add_command
 def register(commands: Any) -> None:
     parser = add_command(
         commands, "libdir",
-        "Print the folder of libllama and the programs: LLAMA_CPP_LIB_PATH=$(llamamix libdir) makes llama-cpp-python use it.",
+        "Print the folder of libllama and the programs. LLAMA_CPP_LIB_PATH=$(llamamix libdir) makes llama-cpp-python use it.",
+        "",
     )  # fmt: skip
     parser.set_defaults(run=_run)
 

@@ -13,10 +13,16 @@ if TYPE_CHECKING:
 
 
 def register(commands: Any) -> None:
-    parser = add_command(commands, "selftest", "Play through what the cache does and check it. No model is needed.")
+    parser = add_command(
+        commands, "selftest", "Play through what the cache does and check it. No model is needed.",
+        usage="[SCENARIO ...] [-o FORM]",
+    )
     parser.set_defaults(run=_run)
     parser.add_argument("scenario", nargs="*", metavar="SCENARIO", help="default: all")
-    parser.add_argument("-o", "--output", choices=["text", *FORMS], default="text", help="default: text")
+    parser.add_argument(
+        "-o", "--output", metavar="FORM", choices=["text", *FORMS], default="text",
+        help="text (default), md, json, jsonl or csv",
+    )  # fmt: skip
 
 
 def _run(args: argparse.Namespace) -> None:

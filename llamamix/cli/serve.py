@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ._options import add_command, add_kv_mixed, add_threads, model_path
+from ._options import add_command, add_kv_mixed, add_model, add_threads, model_path
+from ._session import check_memory
 
 if TYPE_CHECKING:
     from ..server import Server
@@ -20,12 +21,12 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 def register(commands: Any) -> None:
     parser = add_command(
-        commands, "serve", "Run llama-server with the mixed KV cache; its URL goes to stdout when it is ready."
+        commands, "serve", "Run llama-server with the mixed KV cache; its URL goes to stdout when it is ready.",
+        usage="-m MODEL [OPTION ...] [-- ARG ...]",
     )
     parser.set_defaults(run=_run)
-    parser.add_argument(
-        "-m", "--model", required=True, metavar="MODEL", help="a GGUF file, or a name that 'pull' knows"
-    )
+    parser.hint = "; options of llama-server come after --, as in: llamamix serve -m MODEL -- -fa on"
+    add_model(parser, required=True)
     parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="default: 127.0.0.1")
     parser.add_argument("--port", type=int, default=8080, metavar="N", help="0: a free one (default: 8080)")
     parser.add_argument("-c", "--ctx-size", type=int, metavar="N", help="of all slots (default: from the model)")
@@ -38,14 +39,21 @@ def register(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from ..errors import ParamsError
-    from ..params import resolve_kv_mixed
+    from ..gguf_file import GgufFile
+    from ..params import ContextParams, resolve_kv_mixed
     from ..server import Server, find_server
+    from ..shape import ModelShape
 
     if not 0 <= args.port <= 65535:
         raise ParamsError(f"--port must be 0 to 65535, not {args.port}.")
     kv_mixed = resolve_kv_mixed(args.kv_mixed)  # a mistake should not have to wait for the model
+    ContextParams(n_ctx=args.ctx_size or 0, n_threads=args.threads)
     program = find_server()
-    command = ["-m", str(model_path(args.model)), "--host", args.host, "--port", str(args.port)]
+    path = model_path(args.model)
+    GgufFile(path)
+    if args.ctx_size and not args.args:  # who gives llama-server more of its options may mean anything
+        check_memory(ModelShape.from_gguf(path), {"n_ctx": args.ctx_size, "kv_mixed": kv_mixed or False})
+    command = ["-m", str(path), "--host", args.host, "--port", str(args.port)]
     for flag, value in (("-c", args.ctx_size), ("-np", args.parallel), ("-t", args.threads), ("-ngl", args.n_gpu_layers)):
         if value is not None:
             command += [flag, str(value)]

@@ -5,30 +5,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ._files import check_outputs
 from ._options import (
     UNLIMITED,
     add_command,
     add_context,
     add_length,
+    add_model,
     add_prompt,
     add_sampling,
     context_params,
+    max_tokens,
     model_path,
     read_prompt,
     sampling_params,
     start_log,
 )
 from ._output import FORMS, render
+from ._progress import PromptBar, Speed
+from ._session import Interrupt, check_prompt, full, open_context
 
 if TYPE_CHECKING:
     from ..context import Context
+    from ..stats import PromptProgress
     from ..trace.recorder import Recorder
     from ..trace.recording import Header
 
@@ -41,11 +46,12 @@ _LOG_LINES = ("[MIXED_CACHE", "llama_kv_cache_mixed: creating ")
 
 def register(commands: Any) -> None:
     parser = add_command(
-        commands, "trace", "Show what the mixed KV cache does while a model generates, or did in a recorded run."
+        commands, "trace", "Show what the mixed KV cache does while a model generates, or did in a recorded run.",
+        usage="(-m MODEL (-p TEXT | -f FILE) | --replay FILE) [OPTION ...]",
     )
     parser.set_defaults(run=_run)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("-m", "--model", metavar="MODEL", help="a GGUF file, or a name that 'pull' knows")
+    add_model(source)
     source.add_argument("--replay", metavar="FILE", help="look at a run that --jsonl recorded; no model is needed")
     add_prompt(parser, required=False)
     add_length(parser)
@@ -53,7 +59,10 @@ def register(commands: Any) -> None:
     output = parser.add_argument_group("output")
     form = output.add_mutually_exclusive_group()
     form.add_argument("--plain", action="store_true", help="lines, no live view (default when stdout is no terminal)")
-    form.add_argument("-o", "--output", choices=FORMS, help="the records on stdout, the summary on stderr")
+    form.add_argument(
+        "-o", "--output", metavar="FORM", choices=FORMS,
+        help="md, json, jsonl or csv: the records on stdout, the summary on stderr",
+    )  # fmt: skip
     output.add_argument("--jsonl", metavar="FILE", help="record the run, for --replay")
     output.add_argument("--plot", metavar="FILE", help="draw the timeline, e.g. run.png (needs matplotlib)")
     output.add_argument("--svg", metavar="FILE", help="save the last state of the live view as a picture")
@@ -79,10 +88,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ParamsError("A prompt is needed, with -p or -f.")
     if not 0 <= args.speed < float("inf"):
         raise ParamsError(f"--speed must be 0 or more, not {args.speed}.")
-    if args.predict != -1 and args.predict < 1:
-        raise ParamsError(f"-n must be -1 or at least 1, not {args.predict}.")
-    if args.plot:
-        check_matplotlib()  # a mistake should not have to wait for the run
+    check_outputs(args, check_matplotlib)  # a mistake should not have to wait for the run
     if args.replay:
         _replay(args)
     else:
@@ -96,7 +102,6 @@ def _run(args: argparse.Namespace) -> None:
 
 def _record(args: argparse.Namespace) -> None:
     from .. import __version__
-    from ..context import Context
     from ..errors import ParamsError
     from ..model import Model
     from ..params import resolve_kv_mixed
@@ -108,17 +113,18 @@ def _record(args: argparse.Namespace) -> None:
         raise ParamsError("A trace is about the mixed KV cache; --kv-mixed can not be off.")
     params = context_params(args)
     sampling = sampling_params(args)
+    n_max = max_tokens(args)
     prompt = read_prompt(args)
     plain = _is_plain(args)
 
     with (
         _log_lines(plain) as lines,
         Model(model_path(args.model), n_gpu_layers=args.n_gpu_layers) as model,
-        Context(model, **params) as context,
+        open_context(model, params) as context,
         Trace(context, log=plain, measure_error=not args.no_error, layers=args.layers) as trace,
     ):
         tokens = model.tokenize(prompt, parse_special=True)
-        n_max = UNLIMITED if args.predict == -1 else args.predict
+        check_prompt(context, len(tokens), args.predict)
         pieces = context.generate(tokens, n_max, sampling, args.stop)
         header = Header(
             format=FORMAT,
@@ -129,7 +135,7 @@ def _record(args: argparse.Namespace) -> None:
             n_ctx=context.n_ctx,
             cache=trace.cache,
         )
-        with _Output(args, header, lines) as output, _Interrupt() as interrupt:
+        with _Output(args, header, lines) as output, Interrupt() as interrupt:
             recorder = Recorder(trace, output.add)
             done = False
             try:
@@ -143,31 +149,47 @@ def _record(args: argparse.Namespace) -> None:
 
 
 def _generate(
-    context: Context, pieces: Iterator[str], n_prompt: int, n_max: int, recorder: Recorder, interrupt: _Interrupt
+    context: Context, pieces: Iterator[str], n_prompt: int, n_max: int, recorder: Recorder, interrupt: Interrupt
 ) -> None:
     from ..errors import ContextFullError, DecodeAborted
 
     text = ""
     due = 0.0
+    speed = Speed()
+
+    def tell(progress: PromptProgress) -> None:
+        recorder.progress(_prompt_progress(progress, speed.at(progress.n_done), recorder.trace.now()))
+
     # asking costs time, so only the prompt, which may take long, is asked about it
     context.set_abort_callback(lambda: interrupt.requested or recorder.failed)
-    try:
-        for piece in pieces:
-            context.set_abort_callback(None)
-            text += piece
-            if time.monotonic() >= due:
-                recorder.progress(_progress(context, n_prompt, text, recorder.trace.now()))
-                due, text = time.monotonic() + _INTERVAL, ""
-            if interrupt.requested:
-                break
-    except DecodeAborted:
-        if not interrupt.requested:
-            raise
-    except ContextFullError:
-        if n_max < UNLIMITED or context.memory.seq_pos_max() < n_prompt:
-            raise
-    finally:
-        recorder.progress(_progress(context, n_prompt, text, recorder.trace.now()))
+    with PromptBar(context, is_wanted=not sys.stdout.isatty(), then=tell) as bar:
+        try:
+            for piece in pieces:
+                if bar.is_on:
+                    context.set_abort_callback(None)
+                    bar.stop()
+                text += piece
+                if time.monotonic() >= due:
+                    recorder.progress(_progress(context, n_prompt, text, recorder.trace.now()))
+                    due, text = time.monotonic() + _INTERVAL, ""
+                if interrupt.requested:
+                    break
+        except DecodeAborted:
+            if not interrupt.requested:
+                raise
+        except ContextFullError:
+            if n_max < UNLIMITED:
+                raise full(context, n_prompt) from None
+        finally:
+            recorder.progress(_progress(context, n_prompt, text, recorder.trace.now()))
+
+
+def _prompt_progress(progress: PromptProgress, speed: float, t: float) -> Any:
+    from ..trace.recording import Progress
+
+    stats = progress.stats
+    assert stats is not None  # the trace would not have begun
+    return Progress(t, progress.n_done, 0, stats.hot_used, stats.cold_used, speed, 0.0, "")
 
 
 def _progress(context: Context, n_prompt: int, text: str, t: float) -> Any:
@@ -185,28 +207,6 @@ def _progress(context: Context, n_prompt: int, text: str, t: float) -> Any:
         decode=perf.eval_per_second,
         text=text,
     )
-
-
-class _Interrupt:
-    """Ctrl-C as something to look at between tokens; pressed again it does not wait.
-
-    An exception could come anywhere, and would be lost in a line of the log.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> _Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._on_signal)
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _on_signal(self, *_args: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
 
 
 class _Lines(logging.Handler):

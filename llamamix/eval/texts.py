@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import LlamamixError, ParamsError
 from ..model import Model
 from ..pull import Progress, pull
+from ..text import decode_utf8
 
 # modules of the standard library that there have been for long, in pure Python, with much text: 80 thousand tokens
 _MODULES = ("argparse", "subprocess", "tarfile", "typing")
@@ -121,8 +122,8 @@ def code() -> Text:
 
 
 def from_file(path: str) -> Text:
-    """A file's text. Raises OSError, UnicodeDecodeError, and ParamsError when it is empty."""
-    text = Path(path).read_text(encoding="utf-8")
+    """A file's text. Raises OSError, and ParamsError when it is empty or not UTF-8."""
+    text = decode_utf8(Path(path).read_bytes(), path)
     if not text:
         raise ParamsError(f"{path} is empty.")
     return Text(Path(path).name, path, text)

@@ -37,6 +37,7 @@ from llamamix.bench.runner import Runner, random_tokens, text_tokens
 from llamamix.bench.summary import fit_line, paired_ratios
 from llamamix.bench.table import fit_grid, results_grid
 from llamamix.cli import main
+from llamamix.stats import PromptProgress
 
 MIXED = "hot=32,group=8,sink=2"
 
@@ -358,9 +359,13 @@ class Steps:
     def __init__(self) -> None:
         self.steps: list[str] = []
         self.notes: list[str] = []
+        self.prompts: list[tuple[int, int]] = []
 
     def step(self, what: str) -> None:
         self.steps.append(what)
+
+    def tokens(self, progress: PromptProgress) -> None:
+        self.prompts.append((progress.n_done, progress.n_tokens))
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -405,6 +410,13 @@ def test_samples_are_the_clock_s(tiny_model: Model) -> None:
     plan = replace(plan, warmup=True)
     (prompt,), (tokens,) = measure(tiny_model, plan, clock=ticks())[0]
     assert (prompt.samples_ns, tokens.samples_ns) == ((4, 6), (10 + 11 + 12 + 13, 15 + 16 + 17 + 18))
+
+
+def test_long_prompts_are_watched(tiny_model: Model) -> None:
+    steps = measure(tiny_model, small("f16", n_prompt=(64,), n_gen=(0,), repetitions=1, warmup=False))[1]
+    # a plain and a mixed cache: their tests at depth 0, the 40 tokens of the other depth, and their tests there
+    assert [(done, n) for done, n in steps.prompts if done == n] == 2 * [(64, 64)] + 2 * [(40, 40)] + 2 * [(64, 64)]
+    assert all(0 <= done <= n for done, n in steps.prompts)
 
 
 def test_rows_say_what_was_run(tiny_model: Model) -> None:
@@ -686,16 +698,16 @@ def test_a_plot_without_matplotlib(capsys: pytest.CaptureFixture, monkeypatch: p
         ("-m x --replay y", "not allowed"),
         ("-m x -o xml", "invalid choice"),
         ("-m x -r many", "invalid int"),
-        ("-m x -r 0", "repetitions"),
+        ("-m x -r 0", "-r must be"),
         ("-m x -p 0 -n 0", "nothing to measure"),
         ("-m x -p ten", "'ten'"),
         ("-m x -n -4", "'-4'"),
         ("-m x -d 8-4", "ends before it begins"),
         ("-m x -t 0", "-t"),
-        ("-m x -t 1000", "n_threads"),
-        ("-m x -b 0", "n_batch"),
-        ("-m x -ub 0", "n_ubatch"),
-        ("-m x -ngl -2", "n_gpu_layers"),
+        ("-m x -t 1000", "-t must be"),
+        ("-m x -b 0", "-b must be"),
+        ("-m x -ub 0", "-ub must be"),
+        ("-m x -ngl -2", "-ngl must be"),
         ("-m x -s -1", "-s"),
         ("-m x -s 1 -f y", "-f has others"),
         ("-m x -ctk q3_k", "q3_k"),

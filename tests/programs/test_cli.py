@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import signal
@@ -12,34 +10,15 @@ import sys
 import time
 from pathlib import Path
 
-import gguf
 import pytest
-from helpers.tiny_model import write_tiny_model
+from helpers.command import assert_error, command, run
 
 import llamamix.pull
-from llamamix import PRESETS, Context, Model, SamplingParams
-from llamamix.cli import main
+from llamamix import Context, Model, PerfData, SamplingParams
+from llamamix.cli.demo import difference
+from llamamix.demo import DemoRun
 
 GREEDY = SamplingParams(temperature=0)
-
-
-def run(capsys: pytest.CaptureFixture, *args: object) -> tuple[int, str, str]:
-    try:
-        code = main([str(a) for a in args])
-    except SystemExit as exit_:
-        code = exit_.code
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def command(*args: object) -> list[str]:
-    return [sys.executable, "-m", "llamamix", *map(str, args)]
-
-
-def assert_error(result: tuple[int, str, str], code: int, text: str) -> None:
-    assert result[0] == code and result[1] == ""
-    lines = result[2].splitlines()
-    assert len(lines) == 1 and lines[0].startswith("llamamix: ") and text in lines[0]
 
 
 #
@@ -50,6 +29,7 @@ def assert_error(result: tuple[int, str, str], code: int, text: str) -> None:
 def test_help_and_version_need_no_library(tmp_path: Path, tiny_model_path: Path) -> None:
     environment = os.environ | {"LLAMAMIX_LIB_PATH": str(tmp_path)}
     expected = {
+        "": "usage: llamamix",
         "--help": "usage: llamamix",
         "--version": "llamamix ",
         "pull --list": "smollm2",
@@ -67,8 +47,8 @@ def test_help_and_version_need_no_library(tmp_path: Path, tiny_model_path: Path)
 @pytest.mark.parametrize(
     "args",
     [
-        (),
         ("no-such-command",),
+        ("--no-such-flag",),
         ("generate",),
         ("generate", "-m", "x"),
         ("generate", "-m", "x", "-p", "a", "-f", "b"),
@@ -101,7 +81,7 @@ def test_errors_are_one_sentence(capsys: pytest.CaptureFixture, tmp_path: Path, 
     assert_error(run(capsys, "generate", "-m", tiny_model_path, "-f", missing), 1, "No such file")
     assert_error(run(capsys, "pull", "nothing"), 1, "'nothing'")
     assert_error(run(capsys, "info", missing), 1, "neither a file")
-    assert_error(run(capsys, "info", tmp_path), 1, "can not be read")
+    assert_error(run(capsys, "info", tmp_path), 1, "is a directory")
     assert_error(
         run(capsys, "generate", "-m", tiny_model_path, "-p", "x", "--kv-mixed", "warm=1"), 2, "unknown key 'warm'"
     )
@@ -233,109 +213,17 @@ def test_until_the_context_ends(capsys: pytest.CaptureFixture, tiny_model_path: 
     # the logits of the last token that fits give one more
     n_out = 256 - len(tiny_model.tokenize("in the")) + 1
     assert run(capsys, "generate", "-m", tiny_model_path, *flags, "-n", -1) == (0, "a" * n_out + "\n", "")
-    code, out, err = run(capsys, "generate", "-m", tiny_model_path, *flags, "-n", 300)
-    assert (code, out) == (1, "a" * n_out) and "the context holds" in err
+    result = run(capsys, "generate", "-m", tiny_model_path, *flags, "-n", 300)
+    n_in = 256 - n_out + 1
+    # all 256 cells, and the token that came of the last one's logits
+    what = f"it holds 256 tokens, {n_in} of the prompt and {n_out - 1} generated; give a larger -c, or -n -1"
+    assert result == (1, "a" * n_out + "\n", f"llamamix: The context is full: {what} to end there.\n")
 
 
 def test_the_log_is_shown_on_request(tiny_model_path: Path) -> None:
     result = subprocess.run(command(*generate(tiny_model_path, "-p", "x", "-v")), capture_output=True)
     assert result.returncode == 0
     assert b"llama_model_loader" in result.stderr and b"llama_model_loader" not in result.stdout
-
-
-#
-# info
-#
-
-
-def test_info_by_hand(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    # 3 layers, 2 KV heads of 64: a token has 3 * 2 * (64 + 64) = 768 elements
-    path = write_tiny_model(tmp_path / "m.gguf", n_layer=3, n_head=4, n_head_kv=2, head_size=64, n_ctx_train=2048)
-    per_token = {"f16": 768 * 2, "q8_0": 768 // 32 * 34, "q4_0": 768 // 32 * 18}
-    code, out, err = run(
-        capsys, "info", path, "-c", 1000, "-o", "json", "--kv-mixed", "hot=200,cold_k=q8_0,cold_v=q4_0"
-    )
-    assert (code, err) == (0, "")
-    records = json.loads(out)
-    shape = {"arch": "llama", "n_layer": 3, "n_head": 4, "n_head_kv": 2, "head_k": 64, "head_v": 64, "n_ctx": 1024}
-    assert all({key: record[key] for key in shape} == shape for record in records)
-    assert {r["kv_cache"]: (r["bytes_per_token"], r["bytes"]) for r in records[:3]} == {
-        name: (n, n * 1024) for name, n in per_token.items()
-    }
-    cold = 3 * 2 * (64 // 32 * 34 + 64 // 32 * 18)
-    means = 3 * 2 * 64 * 2 * 7  # of K, in as many pages of 128 cells
-    total = 200 * per_token["f16"] + 824 * cold + means
-    assert records[3]["kv_cache"] == "mixed hot=200,cold_k=q8_0,cold_v=q4_0,group=128,threshold=0.8,sink=4"
-    assert (records[3]["bytes_per_token"], records[3]["bytes"]) == (cold, total)
-    assert records[3]["ratio"] == total / (per_token["f16"] * 1024)
-
-    with (
-        Model(path) as model,
-        Context(model, n_ctx=1000, n_threads=1, kv_mixed="hot=200,cold_k=q8_0,cold_v=q4_0") as context,
-    ):
-        assert context.stats.bytes_total == total
-        assert context.stats.bytes_plain == records[0]["bytes"]
-
-
-def test_info_forms(capsys: pytest.CaptureFixture, tiny_model_path: Path) -> None:
-    forms = {form: run(capsys, "info", tiny_model_path, "-o", form)[1] for form in ("md", "json", "jsonl", "csv")}
-    records = json.loads(forms["json"])
-    assert records[0]["n_ctx"] == 8192 and len(records) == 3 + len(PRESETS)
-    assert [json.loads(line) for line in forms["jsonl"].splitlines()] == records
-    assert "\r" not in forms["csv"]
-    rows = list(csv.DictReader(io.StringIO(forms["csv"])))
-    assert rows == [{key: str(value) for key, value in record.items()} for record in records]
-    lines = forms["md"].splitlines()
-    assert len(lines) == 2 + 3 + len(PRESETS) and len({len(line) for line in lines}) == 1
-    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == list(records[0])
-
-    assert len(json.loads(run(capsys, "info", tiny_model_path, "-o", "json", "--kv-mixed", "off")[1])) == 3
-
-
-def test_info_of_other_shapes(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    def info(name: str, **keys: object) -> list[dict]:
-        path = tmp_path / f"{name}.gguf"
-        writer = gguf.GGUFWriter(path, "some")
-        writer.add_context_length(256)
-        writer.add_embedding_length(512)
-        for key, value in keys.items():
-            if isinstance(value, list):
-                writer.add_array(f"some.{key}", value)
-            else:
-                writer.add_uint32(f"some.{key}", value)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.close()
-        return json.loads(run(capsys, "info", path, "-o", "json")[1])
-
-    # layers without attention keep no K and V; the head size comes from the embedding
-    hybrid = info("hybrid", **{"block_count": 4, "attention.head_count": 8, "attention.head_count_kv": [0, 2, 0, 4]})
-    assert hybrid[0]["bytes_per_token"] == (2 + 4) * (64 + 64) * 2
-    # as many KV heads as heads when the file does not say
-    plain = info("plain", **{"block_count": 2, "attention.head_count": 8})
-    assert plain[0]["bytes_per_token"] == 2 * 8 * 128 * 2
-    # the last layers use the K and V of others
-    shared = info("shared", **{"block_count": 4, "attention.head_count": 8, "attention.shared_kv_layers": 3})
-    assert shared[0]["bytes_per_token"] == 8 * 128 * 2
-    # with MLA, V is a part of K
-    mla = {"attention.key_length": 576, "attention.value_length": 512, "attention.key_length_mla": 192}
-    mla = info("mla", **{"block_count": 2, "attention.head_count": 8, "attention.head_count_kv": 1} | mla)
-    assert mla[0]["bytes_per_token"] == 2 * 576 * 2
-    recurrent = info("recurrent", **{"block_count": 2, "attention.head_count": 0})
-    assert [r["bytes"] for r in recurrent] == [0] * (3 + len(PRESETS))
-
-
-def test_info_of_heads_that_blocks_do_not_divide(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    path = write_tiny_model(tmp_path / "m.gguf", n_layer=1, head_size=48)
-    assert_error(run(capsys, "info", path), 1, "a head of 48")
-
-
-def test_info_of_what_is_no_model(capsys: pytest.CaptureFixture, tmp_path: Path, tiny_model_path: Path) -> None:
-    (tmp_path / "text.gguf").write_text("This is not a model.")
-    assert_error(run(capsys, "info", tmp_path / "text.gguf"), 1, "not a GGUF file")
-    for n_bytes in (0, 4, 20, 100, 5000):
-        (tmp_path / "cut.gguf").write_bytes(tiny_model_path.read_bytes()[:n_bytes])
-        assert_error(run(capsys, "info", tmp_path / "cut.gguf"), 1, "not a GGUF file")
 
 
 #
@@ -356,24 +244,66 @@ def test_pull_lists_and_prints_the_path(capsys: pytest.CaptureFixture, monkeypat
     assert run(capsys, "pull", "botchan") == (0, f"{tmp_path}/botchan.file\n", "")
 
 
+def test_pull_list_in_units(capsys: pytest.CaptureFixture) -> None:
+    lines = run(capsys, "pull", "--list")[1].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert rows[0][:4] == ["name", "kind", "size", "license"]
+    # 98362432, 253113024 and 278779 bytes
+    assert [row[:3] for row in rows[2:]] == [
+        ["smollm2-135m (smollm2)", "model", "93.8 MiB"],
+        ["gemma3-270m (gemma3)", "model", "241.4 MiB"],
+        ["botchan", "text", "272.2 KiB"],
+    ]
+
+
+def table_rows(text: str) -> dict[str, list[str]]:
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    return {name: cells for name, *cells in lines}
+
+
 def test_demo(capsys: pytest.CaptureFixture, smollm2_path: Path, botchan_path: Path) -> None:
-    code, out, err = run(capsys, "demo", "-p", 300, "-n", 8, "-c", 512, "--kv-mixed", "hot=128,group=32")
+    flags = ("-p", 300, "-n", 8, "-c", 512, "-t", 1)
+    code, out, err = run(capsys, "demo", *flags, "--kv-mixed", "hot=128,group=32")
     assert (code, err) == (0, "")
-    text, _, table = out.partition("\n\n")
+    text, said_of_it, tables = out.split("\n\n", 2)
     assert text.strip()
-    rows = {row.split("│")[1].strip(): row.split("│")[2].strip() for row in table.splitlines() if row.startswith("│")}
-    n_out = int(rows["tokens out"])
-    assert rows["tokens in"] == "300" and 1 <= n_out <= 8
-    hot, hot_size = map(int, rows["hot cells (f16)"].split(" of "))
-    cold, cold_size = map(int, rows["cold cells (iq4_nl)"].split(" of "))
+    rows = table_rows(tables)
+    assert rows["tokens in"] == ["300", "300", ""]
+    n_out, n_out_plain = map(int, rows["tokens out"][:2])
+    n_same = int(rows["the same"][0])
+    assert 1 <= n_out <= 8 and 1 <= n_out_plain <= 8 and 0 <= n_same <= min(n_out, n_out_plain)
+    hot, hot_size = map(int, rows["hot cells (f16)"][0].split(" of "))
+    cold, cold_size = map(int, rows["cold cells (iq4_nl)"][0].split(" of "))
     assert (hot_size, cold_size) == (128, 512 - 128) and hot + cold == 300 + n_out
-    assert rows["tokens moved"] == str(cold) and int(rows["migrations"]) >= cold / 32
-    mixed, plain = (float(rows[name].split()[0]) for name in ("KV cache", "all of it in f16"))
+    assert rows["tokens moved"] == [str(cold)] and int(rows["migrations"][0]) >= cold / 32
     # 30 layers, 3 heads of 64: 23040 bytes a token in F16, 6480 in IQ4_NL, 11520 of means for each page of 128 cells
-    expected = 128 * 23040 + 384 * 6480 + 3 * 11520
-    assert plain == round(512 * 23040 / 2**20, 1)
-    assert mixed == round(expected / 2**20, 1)
-    assert float(rows["ratio"]) == pytest.approx(expected / (512 * 23040), abs=5e-4)
+    expected, plain = 128 * 23040 + 384 * 6480 + 3 * 11520, 512 * 23040
+    assert rows["KV MiB"] == [f"{expected / 2**20:.1f}", f"{plain / 2**20:.1f}", f"× {expected / plain:.2f}"]
+
+    with Model(smollm2_path) as model:
+        tokens = model.tokenize(botchan_path.read_text(encoding="utf-8"))[:300]
+        with Context(model, n_ctx=512, n_threads=1, kv_mixed=False) as context:
+            for _ in context.generate(tokens, 8, SamplingParams(temperature=0, repeat_penalty=1.1)):
+                pass
+            rest = model.detokenize(context.memory.held.tokens(0)[300 + n_same :]).strip()
+    assert said_of_it.lstrip("\n") == f"A plain cache continues with the same {n_same} tokens" + (
+        f", and then otherwise: {rest}" if rest else "."
+    )
+
+
+def test_the_difference_in_words(tiny_model: Model) -> None:
+    perf = PerfData(1, 1, 0, 0.0, 1.0, 1.0)
+    the, of, to = (tiny_model.tokenize(word, add_special=False)[-1] for word in ("the", "of", "to"))
+
+    def words(mixed: list[int], plain: list[int]) -> str:
+        runs = (DemoRun(9, tuple(tokens), perf, None) for tokens in (mixed, plain))
+        return difference(tiny_model, *runs)
+
+    assert words([the, of], [the, of]) == "A plain cache continues with the same 2 tokens.\n\n"
+    rest = tiny_model.detokenize([to, the]).strip()
+    expected = f"A plain cache continues with the same 1 tokens, and then otherwise: {rest}\n\n"
+    assert words([the, of], [the, to, the]) == expected
+    assert words([the, of], [the]) == "A plain cache continues with the same 1 tokens, and ends there.\n\n"
 
 
 #

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gguf
 import pytest
 from helpers.processes import environment, library_dir
 
@@ -280,7 +281,14 @@ def test_what_llama_server_says_when_it_can_not(llama_server: Path, tiny_model_p
         port = taken.getsockname()[1]
         assert_error(run(llama_server, *flags, "--port", port), 1, f"couldn't bind HTTP server socket, hostname: 127.0.0.1, port: {port}")  # fmt: skip
     assert_error(run(llama_server, *flags, "--port", 0, "--", "--no-such"), 1, "invalid argument: --no-such")
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "none-of-ours")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    result = run(llama_server, "-m", tmp_path / "other.gguf", "--port", 0)
+    assert_error(result, 1, "llama-server ended at its start")
+    assert "none-of-ours" in result.stderr
     (tmp_path / "text.gguf").write_text("This is not a model.")
-    assert_error(run(llama_server, "-m", tmp_path / "text.gguf", "--port", 0), 1, "llama-server ended at its start")
+    assert_error(run(llama_server, "-m", tmp_path / "text.gguf", "--port", 0), 1, "text.gguf is not a GGUF file.")
     result = run(llama_server, *flags, "--port", 0, "-c", 4608, "--kv-mixed", "hot=64,cold_size=100")
     assert_error(result, 1, "hot=64 and cold_size=100 hold fewer tokens than the context of 4608")

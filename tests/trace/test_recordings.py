@@ -539,7 +539,7 @@ def test_a_plot(capsys: pytest.CaptureFixture[str], recording: Path, tmp_path: P
         assert run(capsys, "--replay", recording, "--plot", tmp_path / name)[0] == 0
         assert (tmp_path / name).read_bytes().startswith(start)
     code, _, err = run(capsys, "--replay", recording, "--plot", tmp_path / "run.docx")
-    assert code == 1 and "run.docx can not be drawn: Format 'docx' is not" in err and len(err.splitlines()) == 1
+    assert code == 1 and "run.docx can not be drawn: its ending must be one of" in err and len(err.splitlines()) == 1
 
 
 #
@@ -567,8 +567,8 @@ def test_bad_usage(capsys: pytest.CaptureFixture[str], model_args: tuple[object,
         (("--replay", recording, "--speed", "nan"), "--speed must be 0 or more"),
         ((*model_args, "-p", "a", "--kv-mixed", "off"), "--kv-mixed can not be off"),
         ((*model_args, "-p", "a", "--kv-mixed", "hot=0"), "hot"),
-        ((*model_args, "-p", "a", "--temp", -1), "temperature"),
-        ((*model_args, "-p", "a", "-n", 0), "-n must be -1 or at least 1"),
+        ((*model_args, "-p", "a", "--temp", -1), "--temp must be"),
+        ((*model_args, "-p", "a", "-n", 0), "-n must be -1, or from 1 to"),
     ):
         assert_error(run(capsys, *args), 2, text)
     assert recording.stat().st_size > 0
@@ -579,11 +579,11 @@ def test_what_goes_wrong_during_a_run(
 ) -> None:
     path = tmp_path / "run.jsonl"
     code, out, err = run(capsys, *model_args, "-p", "in the end", "-c", 256, *ENDLESS[2:], "-n", 400, "--jsonl", path)
-    assert code == 1 and len(err.splitlines()) == 1 and "the context holds 256" in err
+    assert code == 1 and len(err.splitlines()) == 1 and "The context is full: it holds 256 tokens" in err
     assert table_of(out)["hot cells (f16)"] == "10 of 10" and "(interrupted)" in out
     assert summed(path).end.interrupted
 
-    files = [("--jsonl", tmp_path, "directory"), ("--svg", tmp_path / "no" / "x", "No such file")]
+    files = [("--jsonl", tmp_path, "directory"), ("--svg", tmp_path / "no" / "x.svg", "No such file")]
     files += [("--jsonl", "/dev/full", "No space left")] if os.path.exists("/dev/full") else []
     for option, file, reason in files:
         code, _, err = run(capsys, *model_args, "-p", "a", option, file)
