@@ -397,8 +397,14 @@ class Context(Decoder):
         """A function that is told how far it is while 32 tokens or more are computed, and when they are done.
 
         It is called some ten times a second on the CPU, and after every n_batch tokens elsewhere, by the thread that
-        computes. None: no function. It must not use the context; an exception that it raises ends the decode and comes
-        out of it.
+        computes.
+
+        Args:
+            callback: Gets a PromptProgress. It must not use the context; an exception that it raises ends the decode and
+                comes out of it. None: no function.
+
+        Raises:
+            ParamsError: When it is neither a function nor None.
         """
         if callback is not None and not callable(callback):
             raise ParamsError(f"The progress callback must be a function or None, not {callback!r}.")

@@ -139,7 +139,7 @@ class Server:
         request = urllib.request.Request(f"{self.url}{prefix}/", headers={"Accept-Encoding": "gzip"})
         try:
             with urllib.request.urlopen(request, timeout=10) as reply:
-                return reply.headers.get_content_type() == "text/html"
+                return str(reply.headers.get_content_type()) == "text/html"
         except OSError:
             return False
 
