@@ -102,9 +102,10 @@ class CacheStats:
 class PromptProgress:
     """How far the computation of many tokens is.
 
-    n_done    tokens that are computed
-    n_tokens  all of them
-    stats     the mixed KV cache, which holds those that are being computed as well; None: it is a plain one
+    Attributes:
+        n_done: Tokens that are computed.
+        n_tokens: All of them.
+        stats: The mixed KV cache, which holds those that are being computed as well; None: it is a plain one.
     """
 
     n_done: int
