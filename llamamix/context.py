@@ -301,8 +301,8 @@ class Context(Decoder):
         The thread that computes calls it: some ten times a second on the CPU, after every n_batch tokens elsewhere.
 
         Args:
-            callback: It must not use the context; an exception that it raises ends the decode and comes out of it. None:
-                no function.
+            callback: It must not use the context; an exception that it raises ends the decode and comes out of it.
+                None: no function.
 
         Raises:
             ParamsError: For what is no function.
