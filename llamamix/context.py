@@ -394,17 +394,16 @@ class Context(Decoder):
         self._abort = callback
 
     def set_progress_callback(self, callback: Callable[[PromptProgress], None] | None) -> None:
-        """A function that is told how far it is while 32 tokens or more are computed, and when they are done.
+        """Set a function that is told how far it is while 32 tokens or more are computed, and when they are done.
 
-        It is called some ten times a second on the CPU, and after every n_batch tokens elsewhere, by the thread that
-        computes.
+        The thread that computes calls it: some ten times a second on the CPU, after every n_batch tokens elsewhere.
 
         Args:
-            callback: Gets a PromptProgress. It must not use the context; an exception that it raises ends the decode and
-                comes out of it. None: no function.
+            callback: It must not use the context; an exception that it raises ends the decode and comes out of it.
+                None: no function.
 
         Raises:
-            ParamsError: When it is neither a function nor None.
+            ParamsError: For what is no function.
         """
         if callback is not None and not callable(callback):
             raise ParamsError(f"The progress callback must be a function or None, not {callback!r}.")

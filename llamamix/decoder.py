@@ -252,6 +252,8 @@ class Decoder:
                 if code == 1 and start > 0:
                     self._undo(ctx, spans)
                 check(code, f"{n} tokens can not be decoded", reason)
+                if report is not None:
+                    report(False)  # where nothing asks in between, as on a GPU
                 self._n_outputs = part.n_outputs
                 if start + self.n_batch < n and self._n_outputs > 0:
                     self._earlier.append((self._copy_logits(ctx), self._copy_embeddings(ctx)))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _GAP = 2  # columns between columns
-_NAME_MIN = 10
+_NAME_MIN = 8
 
 #: heading, aligned to the right, cells
 Column = tuple[str, bool, Sequence[str]]
@@ -63,25 +63,31 @@ class Grid:
                         table.add_row(Text(heading), Text(cell))
             return table
         for column, right, n in zip(self.columns, self.right, widths, strict=True):
-            table.add_column(Text(column), justify="right" if right else "left", overflow="fold", min_width=n)
+            table.add_column(Text(column), justify="right" if right else "left", overflow="fold", width=n)
         for row in self.rows:
             table.add_row(*map(Text, row))
         return table
 
     def _widths(self, width: int | None) -> Sequence[int | None] | None:
-        """The least width of each column, None: whatever it gets; None instead of all: there is no room for them.
+        """The width of each column, None: what it needs; None instead of all: there is no room for them.
 
         That of numbers is their own; names can be folded. So can headings, where they are in the way.
         """
         if width is None:
             return [None] * len(self.columns)
+        cells = list(zip(*self.rows, strict=True))
         for headings in (self.columns, [_longest_word(column) for column in self.columns]):
-            widths = [
-                max(map(len, (heading, *cells))) if right else min(_NAME_MIN, max(map(len, map(_longest_word, cells))))
-                for heading, right, *cells in zip(headings, self.right, *self.rows, strict=True)
+            most = [max(map(len, (heading, *column))) for heading, column in zip(headings, cells, strict=True)]
+            least = [
+                n if right else min(_NAME_MIN, max(map(len, map(_longest_word, (heading, *column)))))
+                for n, right, heading, column in zip(most, self.right, headings, cells, strict=True)
             ]
-            if sum(widths) + _GAP * (len(widths) - 1) <= width:
-                return widths
+            n_free = width - sum(least) - _GAP * len(least)
+            if n_free >= 0:
+                for i, n in enumerate(most):
+                    more = min(n - least[i], n_free)
+                    least[i], n_free = least[i] + more, n_free - more
+                return least
         return None
 
 

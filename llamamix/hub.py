@@ -33,8 +33,8 @@ def is_hub_name(name: str) -> bool:
 def fetch(name: str) -> Path:
     """The path of a model's file, or of its first, in huggingface_hub's cache; fetched when it is not there.
 
-    Without a file or a quantisation in the name it is the one in Q4_K_M, else the first. Where there is no network it is
-    taken from what the cache has. Raises PullError.
+    Without a file or a quantisation in the name it is the one in Q4_K_M, else the first. Without a network, what the
+    cache has is taken. Raises PullError.
     """
     repo, wanted = _parse(name)
     hub = _library()

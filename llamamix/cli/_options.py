@@ -24,15 +24,15 @@ class Parser(argparse.ArgumentParser):
         super().error(message if message.startswith("the following arguments are required") else message + self.hint)
 
 
-def add_command(commands: Any, name: str, text: str, usage: str) -> Parser:
+def add_command(commands: Any, name: str, text: str, usage: str | None = None) -> Parser:
     """A sub-command.
 
     text   what it does; its first sentence in the list of commands
-    usage  arguments that are needed, or that there is more to know about than that they are options
+    usage  arguments that are needed, or that there is more to know about than that they are options; None: all of them
     """
     parser: Parser = commands.add_parser(
-        name, help=text.partition(". ")[0].rstrip("."), description=text, usage=f"llamamix {name} {usage}",
-        allow_abbrev=False,
+        name, help=text.partition(". ")[0].rstrip("."), description=text, allow_abbrev=False,
+        usage=None if usage is None else f"llamamix {name} {usage}",
     )  # fmt: skip
     parser.set_defaults(parser=parser)
     parser.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's log on stderr")

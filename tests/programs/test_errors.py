@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from helpers.command import assert_error, command, in_terminal, run
+from rich.console import Console
 
 from llamamix import Model
 from llamamix.bench import machine
 from llamamix.cli._flags import with_flags
+from llamamix.grid import grid
 
 COMMANDS = ("generate", "chat", "serve", "info", "bench", "eval", "pull", "demo", "trace", "selftest")
 
@@ -124,7 +127,7 @@ def test_a_prompt_of_nothing(capsys: pytest.CaptureFixture, tiny_model_path: Pat
 @pytest.mark.parametrize(
     ("spec", "n_bytes"),
     [
-        # 2 layers, 2 heads of 64, K and V: 1024 bytes of F16 a token, 288 of IQ4_NL, and 512 of means of K for each page
+        # 2 layers, 2 heads of 64, K and V: 1024 bytes of F16 a token, 288 of IQ4_NL, 512 of means of K a page
         ("off", 10**9 * 1024),
         ("default", 512 * 1024 + (10**9 - 512) * 288 + (10**9 - 512) // 128 * 512),
     ],
@@ -315,3 +318,28 @@ def test_tables_in_40_columns(tiny_model_path: Path) -> None:
 
     screen = in_terminal("pull", "--list", columns=40)
     assert screen.code == 0 and max(map(len, screen.lines)) <= 40 and "…" not in screen.written
+
+
+def test_a_table_that_does_not_fit() -> None:
+    """Names are folded first, then headings; then a row becomes lines. Numbers stay whole."""
+    table = grid("it", [
+        ("cache", False, ["mixed hot=512", "f16"]),
+        ("tokens per second", True, ["1234.5", "99.0"]),
+        ("of all", True, ["", "0.125"]),
+    ])  # fmt: skip
+
+    def lines(width: int) -> list[str]:
+        console = Console(width=width, file=io.StringIO())
+        console.print(table.rich(width))
+        printed = console.file.getvalue().splitlines()
+        assert max(map(len, printed)) <= width
+        return [" ".join(line.split()) for line in printed if line.strip(" \u2500")]
+
+    assert lines(80) == lines(42) == ["it", "cache tokens per second of all", "mixed hot=512 1234.5", "f16 99.0 0.125"]
+    # 7 for the longest word of a name, 17 and 6, and two for each
+    folded = ["it", "cache tokens per second of all", "mixed 1234.5", "hot=512", "f16 99.0 0.125"]
+    assert lines(41) == lines(36) == folded
+    assert lines(35)[-2:] == ["mixed hot=512 1234.5", "f16 99.0 0.125"] and "cache second all" in lines(35)
+    assert lines(24)[-3:] == ["mixed 1234.5", "hot=512", "f16 99.0 0.125"]
+    narrow = lines(23)
+    assert {"cache f16", "of all 0.125"} <= set(narrow) and any(line.endswith("1234.5") for line in narrow)

@@ -6,9 +6,13 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.command import Screen, command, in_terminal
+
+from llamamix import PromptProgress
+from llamamix.cli.bench import _Bar
 
 N_TOKENS = 8000
 SPEC = "hot=128,group=32"
@@ -58,13 +62,16 @@ def test_nothing_of_it_where_there_is_no_terminal(tiny_model_path: Path, prompt:
     assert (result.returncode, result.stderr) == (0, b"") and result.stdout.strip()
 
 
-def test_bench_in_a_terminal(tiny_model_path: Path) -> None:
-    args = ("-m", tiny_model_path, "-t", 1, "-p", 2048, "-n", 0, "-d", 1024, "-ub", 64, "-r", 1, "-ctk", "f16")
-    screen = in_terminal("bench", *args, "--kv-mixed", SPEC, columns=160)
-    depth = r"d1024 (?:f16|mixed \S+) (\d+)/1024"
-    assert screen.code == 0
-    assert any(0 < int(n) <= 1024 for n in re.findall(depth, screen.written))
-    assert any(0 < int(n) <= 2048 for n in re.findall(r"pp2048 @ d1024 \S+ .*?\(1/1\) (\d+)/2048", screen.written))
+def test_what_bench_says_of_a_step() -> None:
+    said: list[str] = []
+    console = SimpleNamespace(width=100)
+    progress = SimpleNamespace(console=console, update=lambda _task, description, **_: said.append(description))
+    bar = _Bar(progress, 0)
+    bar.step("d1024 f16")
+    bar.tokens(PromptProgress(0, 1024, None))
+    assert said == ["d1024 f16", "d1024 f16 0/1024"]
+    bar.tokens(PromptProgress(512, 1024, None))
+    assert re.fullmatch(r"d1024 f16 512/1024 \d+/s", said[-1])
 
 
 def test_a_trace_records_it(tiny_model_path: Path, prompt: Path, tmp_path: Path) -> None:
