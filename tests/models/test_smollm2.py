@@ -82,7 +82,7 @@ def chance(x: np.ndarray) -> float:
 
 
 def test_most_of_the_text_is_cold(runs: Runs) -> None:
-    assert runs.mixed.kv_mixed == KVMixedParams(cold="iq4_nl", cold_size=2816 - 512)
+    assert runs.mixed.kv_mixed == KVMixedParams(hot=512, cold="iq4_nl", cold_size=2816 - 512)
     tiering = Tiering(hot=512, cold=2816 - 512)
     tiering.decode(range(2048), [0] * 2048, 512)  # a call of llama_decode() gets n_batch tokens
     tiering.decode(range(2048, N_PROMPT), [0] * (N_PROMPT - 2048), 512)
