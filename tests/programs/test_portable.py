@@ -35,7 +35,7 @@ from llamamix import Context, Model
 
 with Model(sys.argv[1]) as model, Context(model, n_ctx=768, n_threads=1, n_threads_batch=1, kv_mixed="hot=64,group=16") as ctx:
     ctx.decode(json.loads(sys.argv[2]))
-    assert ctx.stats.n_cold > 300, ctx.stats
+    assert ctx.stats.cold_used >= 300, ctx.stats
     print(json.dumps(np.asarray(ctx.logits[-1], np.float64).tolist()))
     with open("/proc/self/maps") as maps:
         print(json.dumps([line.split("/")[-1].strip() for line in maps if "libggml-cpu" in line]))
