@@ -241,6 +241,7 @@ def console_progress() -> Iterator[Progress]:
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console.quiet = not console.is_terminal  # even a bar that is disabled ends a line in some versions of rich
     with RichProgress(*columns, console=console, disable=not console.is_terminal) as bars:
         yield _Bars(bars)
 

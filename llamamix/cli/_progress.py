@@ -34,7 +34,9 @@ def bars(*columns: Any) -> Iterator[Any]:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(stderr=True)
+    console = Console(stderr=True)
+    console.quiet = not console.is_terminal  # even a bar that is disabled ends a line in some versions of rich
+    return console
 
 
 def _progress(console: Console, *columns: Any) -> Any:
