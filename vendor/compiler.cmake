@@ -8,5 +8,8 @@ if (CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64" AND CMAKE_CXX_COMPILER_I
         gcc VERSION_GREATER_EQUAL 12 AND gcc VERSION_LESS 12.4 OR
         gcc VERSION_GREATER_EQUAL 13 AND gcc VERSION_LESS 13.3)
         add_compile_options("$<$<COMPILE_LANGUAGE:C,CXX>:SHELL:-mno-amx-tile -mno-amx-int8 -mno-amx-bf16>")
+        # The kernels for one kind of processor have flags of their own, behind those of all. (In another order: CMake leaves
+        # out what it has had.)
+        set(LLAMAMIX_NO_AMX "$<$<COMPILE_LANGUAGE:C,CXX>:SHELL:-mno-amx-bf16 -mno-amx-int8 -mno-amx-tile>")
     endif()
 endif()

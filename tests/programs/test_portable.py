@@ -87,3 +87,11 @@ def test_programs_start(package: Path, cpu: str | None) -> None:
     assert result.returncode == 0 and "Available devices" in result.stdout, result.stderr[-2000:]
     if KERNELS[cpu]:
         assert f"libggml-cpu-{KERNELS[cpu]}.so" in result.stderr
+
+
+def test_quantised_weights_on_this_processor(package: Path, smollm2_path: Path) -> None:
+    """Some compilers make kernels for AMX that stop the program; no other test of the wheel has weights for them."""
+    command = [package / "llamamix" / "lib" / "llama-bench", "-m", smollm2_path, "-t", "1", "-p", "64", "-n", "4", "-r", "1"]
+    result = subprocess.run([*command, "-o", "json"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [test["avg_ts"] > 1 for test in json.loads(result.stdout)] == [True, True]
