@@ -50,9 +50,9 @@ def _run(args: argparse.Namespace) -> int:
     ContextParams(n_ctx=args.ctx_size or 0, n_threads=args.threads)
     program = find_server()
     path = model_path(args.model)
-    GgufFile(path)
+    file = GgufFile(path)
     if args.ctx_size and not args.args:  # who gives llama-server more of its options may mean anything
-        check_memory(ModelShape.from_gguf(path), {"n_ctx": args.ctx_size, "kv_mixed": kv_mixed or False})
+        check_memory(ModelShape.of(file, path), {"n_ctx": args.ctx_size, "kv_mixed": kv_mixed or False})
     command = ["-m", str(path), "--host", args.host, "--port", str(args.port)]
     for flag, value in (("-c", args.ctx_size), ("-np", args.parallel), ("-t", args.threads), ("-ngl", args.n_gpu_layers)):
         if value is not None:
