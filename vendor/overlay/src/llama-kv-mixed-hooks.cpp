@@ -13,7 +13,8 @@
 #include <algorithm>
 #include <stdexcept>
 
-// of the context that is being created on this thread: the tokens that must have room in hot at once, and why; null: none
+// of the context that is being created on this thread: the tokens of a ubatch, and why they must have room in hot at once; null:
+// they need not
 static thread_local struct {
     const char * reason = nullptr;
     uint32_t     n      = 0;
@@ -130,6 +131,16 @@ llama_memory_i * llama_kv_mixed_check_memory(llama_memory_i * mem) {
     return mem;
 }
 
+// whether layers are on a device of their own
+static bool is_on_device(const llama_model & model) {
+    for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
+        if (ggml_backend_dev_type(model.dev_layer(il)) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+            return true;
+        }
+    }
+    return false;
+}
+
 llama_kv_cache * llama_kv_mixed_new_cache(
                             const llama_model & model,
                           const llama_hparams & hparams,
@@ -167,8 +178,9 @@ llama_kv_cache * llama_kv_mixed_new_cache(
     };
 
     try {
+        // (a GPU has no use for ubatches of a few tokens, which is what a larger one would be divided into)
         if (hot_auto) {
-            params->n_hot = llama_kv_mixed_hot_auto(kv_size, unified ? n_seq_max : 1);
+            params->n_hot = llama_kv_mixed_hot_auto(kv_size, unified ? n_seq_max : 1, offload && is_on_device(model) ? whole.n : 0);
         }
 
         grow_hot(*params, kv_size, unified ? n_seq_max : 1);

@@ -60,7 +60,7 @@ void llama_kv_cache_mixed::announce(bool hot_auto) {
 
     // what the shares of the other sequences take, against cold cells in their place
     const uint32_t n_one = llama_kv_mixed_hot_auto(n_ctx_seq, 1);
-    if (hot_auto && has_cold() && params.n_hot > n_one) {
+    if (hot_auto && has_cold() && n_shared > 1 && params.n_hot > n_one) {
         const double bytes_cell = (double) stats.bytes_hot/stats.hot_size - (double) stats.bytes_cold/stats.cold_size;
 
         text += format(", which has %u cells for each of them and takes %.1f MiB more than with %u for all (hot=%u)",

@@ -1,5 +1,6 @@
 #include "cache/context.h"
 
+#include <algorithm>
 #include <cassert>
 #include <cstring>
 
@@ -96,12 +97,13 @@ void llama_kv_cache_mixed_context::set_input_kq_mask(ggml_tensor * dst, const ll
     const size_t  size_el = ggml_type_size(dst->type);
     const int64_t n_rows  = ggml_nrows(dst);
 
-    std::vector<uint8_t> buf;
+    // (kept: memory that is new each time costs more than what is written to it)
+    auto & buf = kv_mixed->get_mask_buffer();
 
     size_t offs = 0;
 
     const auto fill = [&](const llama_kv_cache * kv_side, int64_t n_kv) {
-        buf.resize(n_kv*n_rows*size_el);
+        buf.resize(std::max<size_t>(buf.size(), n_kv*n_rows*size_el));
 
         // a stand-in with the rows of this side
         ggml_tensor side = *dst;

@@ -110,6 +110,9 @@ public:
     llama_kv_cache * get_hot () const;
     llama_kv_cache * get_cold() const; // without cells and layers where everything fits in hot
 
+    // room for the mask over one side's cells
+    std::vector<uint8_t> & get_mask_buffer() const { return buf_mask; }
+
     // false: the whole context fits in hot
     bool has_cold() const;
 
@@ -418,6 +421,8 @@ private:
 
     // the copies of rows that the context keeps on the device, one for each sequence, by the states that they belong to
     mutable std::map<llama_seq_id, uint32_t> device_copies;
+
+    mutable std::vector<uint8_t> buf_mask;
 
     mutable uint32_t n_device_copies = 0;
 

@@ -3,6 +3,7 @@
 #include "cpu/host.h"
 #include "cpu/isa.h"
 #include "formats/formats.h"
+#include "ops/device.h"
 
 #include "llama-impl.h"
 
@@ -18,13 +19,6 @@ void llama_kv_mixed_moves::append(const llama_kv_mixed_moves & others) {
     page_new.insert(page_new.end(), others.page_new.begin(), others.page_new.end());
 }
 
-static ggml_backend_dev_t get_dev(const ggml_tensor * t) {
-    // the CPU's own buffer types name no device
-    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
-
-    return dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-}
-
 // by the kernels
 static bool is_fused(const llama_kv_mixed_mover::pair & p) {
     const auto * from = llama_kv_mixed_find_format(p.src->type);
@@ -32,6 +26,24 @@ static bool is_fused(const llama_kv_mixed_mover::pair & p) {
 
     return llama_kv_mixed_is_on_host(p.src) && llama_kv_mixed_is_on_host(p.dst) &&
         from && to && llama_kv_mixed_can_quantize(*from, *to, p.src->ne[0], p.n_rot);
+}
+
+// by the kernels of the device that holds them
+static bool is_op(ggml_backend_dev_t dev, const llama_kv_mixed_mover::pair & p) {
+    ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 16*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+
+    llama_kv_mixed_mover::op_inputs in = {};
+    in.row_from = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 1);
+    in.row_to   = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, 1);
+    in.page     = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 1);
+    in.page_new = in.row_to;
+
+    for (const ggml_tensor * node : llama_kv_mixed_mover::build_ops(ctx.get(), p, in)) {
+        if (!llama_kv_mixed_op_reason(dev, node).empty()) {
+            return false;
+        }
+    }
+    return true;
 }
 
 // per pair: two flattened tensors, the rows, the write, a matrix, the product and two views of what that takes and gives; for
@@ -45,15 +57,15 @@ llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint
     std::vector<ggml_backend_dev_t> order;
 
     for (const auto & p : pairs) {
-        const ggml_backend_dev_t dev = get_dev(p.src);
-        GGML_ASSERT(dev == get_dev(p.dst));
+        const ggml_backend_dev_t dev = llama_kv_mixed_get_dev(p.src);
+        GGML_ASSERT(dev == llama_kv_mixed_get_dev(p.dst));
 
         size_t i = std::find(order.begin(), order.end(), dev) - order.begin();
         if (i == order.size()) {
             order.push_back(dev);
             devs.emplace_back();
         }
-        (is_fused(p) ? devs[i].pairs_fused : devs[i].pairs).push_back(p);
+        (is_fused(p) ? devs[i].pairs_fused : is_op(dev, p) ? devs[i].pairs_op : devs[i].pairs).push_back(p);
     }
 
     for (size_t i = 0; i < devs.size(); ++i) {
@@ -70,7 +82,7 @@ llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint
             dev.set_n_threads = [set_n_threads, backend = dev.backend.get()](int n) { set_n_threads(backend, n); };
         }
 
-        const size_t n = n_tensors(dev.pairs.size());
+        const size_t n = n_tensors(dev.pairs.size() + dev.pairs_op.size());
         dev.buf_meta.resize(n*ggml_tensor_overhead() + ggml_graph_overhead_custom(n, false));
 
         dev.galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(dev.backend.get())));
@@ -80,7 +92,7 @@ llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint
         // a pair's nodes end with the write of its rows
         for (int j = 0, i_pair = 0; j < ggml_graph_n_nodes(g.gf); ++j) {
             const ggml_tensor * node = ggml_graph_node(g.gf, j);
-            if (!ggml_backend_supports_op(dev.backend.get(), node)) {
+            if (node->op != GGML_OP_CUSTOM && !ggml_backend_supports_op(dev.backend.get(), node)) {
                 const auto & p = dev.pairs.at(i_pair);
                 throw std::runtime_error(format("%s can not move %s rows to %s, it has no %s of %s rows to %s: "
                     "take another cold type, or keep the cache in the CPU's memory (offload_kqv=false)",
@@ -96,6 +108,32 @@ llama_kv_mixed_mover::llama_kv_mixed_mover(const std::vector<pair> & pairs, uint
     }
 }
 
+// of all streams: [n_embd, rows]
+static ggml_tensor * flatten(ggml_context * ctx, ggml_tensor * t) {
+    return ggml_reshape_2d(ctx, t, t->ne[0], t->ne[1]*t->ne[2]);
+}
+
+std::vector<ggml_tensor *> llama_kv_mixed_mover::build_ops(ggml_context * ctx, const pair & p, const op_inputs & in) {
+    std::vector<ggml_tensor *> res;
+
+    ggml_tensor * from = flatten(ctx, p.src);
+    ggml_tensor * mean = p.mean ? flatten(ctx, p.mean) : nullptr;
+
+    if (mean && in.page_new) {
+        llama_kv_mixed_op op = llama_kv_mixed_op_of(LLAMA_KV_MIXED_OP_MEAN);
+        op.n_rot_k = p.n_rot;
+
+        res.push_back(llama_kv_mixed_build_op(ctx, op, GGML_TYPE_I32, { 1 }, { from, mean, in.row_from, in.page_new, in.page, nullptr }));
+    }
+
+    llama_kv_mixed_op op = llama_kv_mixed_op_of(LLAMA_KV_MIXED_OP_MOVE);
+    op.n_rot_k = p.n_rot;
+
+    res.push_back(llama_kv_mixed_build_op(ctx, op, GGML_TYPE_I32, { 1 }, { from, flatten(ctx, p.dst), in.row_from, in.row_to, mean ? in.page : nullptr, mean }));
+
+    return res;
+}
+
 llama_kv_mixed_mover::graph llama_kv_mixed_mover::build(device & dev, uint32_t n, uint32_t n_new) {
     graph res = {};
 
@@ -107,16 +145,17 @@ llama_kv_mixed_mover::graph llama_kv_mixed_mover::build(device & dev, uint32_t n
 
     ggml_context * ctx = res.ctx.get();
 
-    res.gf  = ggml_new_graph_custom(ctx, n_tensors(dev.pairs.size()), false);
+    res.gf  = ggml_new_graph_custom(ctx, n_tensors(dev.pairs.size() + dev.pairs_op.size()), false);
     res.src = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
     res.dst = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n);
 
     const auto has_mean = [](const pair & p) { return p.mean != nullptr; };
 
     const bool is_any_fused  = std::any_of(dev.pairs_fused.begin(), dev.pairs_fused.end(), has_mean);
+    const bool is_any_op     = std::any_of(dev.pairs_op   .begin(), dev.pairs_op   .end(), has_mean);
     const bool is_any_others = std::any_of(dev.pairs      .begin(), dev.pairs      .end(), has_mean);
 
-    if (is_any_fused || is_any_others) {
+    if (is_any_fused || is_any_op || is_any_others) {
         res.page = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
         if (n_new > 0) {
             res.page_new = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_new);
@@ -132,9 +171,7 @@ llama_kv_mixed_mover::graph llama_kv_mixed_mover::build(device & dev, uint32_t n
         }
     }
 
-    const auto flat = [ctx](ggml_tensor * t) {
-        return ggml_reshape_2d(ctx, t, t->ne[0], t->ne[1]*t->ne[2]);
-    };
+    const auto flat = [ctx](ggml_tensor * t) { return flatten(ctx, t); };
 
     if (!dev.pairs_fused.empty()) {
         ggml_tensor * args[4] = { res.src, res.dst, res.page, res.page_new };
@@ -147,6 +184,12 @@ llama_kv_mixed_mover::graph llama_kv_mixed_mover::build(device & dev, uint32_t n
             add_node(4, make_means);
         }
         add_node(is_any_fused ? 3 : 2, quantize);
+    }
+
+    for (const auto & p : dev.pairs_op) {
+        for (ggml_tensor * node : build_ops(ctx, p, { res.src, res.dst, res.page, res.page_new })) {
+            ggml_build_forward_expand(res.gf, node);
+        }
     }
 
     for (const auto & p : dev.pairs) {

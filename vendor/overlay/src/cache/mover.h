@@ -46,6 +46,17 @@ public:
         ggml_tensor * mean;
     };
 
+    // the inputs that nodes for a device (ops/device.h) take
+    struct op_inputs {
+        ggml_tensor * row_from; // I32 [n]
+        ggml_tensor * row_to;   // I64 [n]
+        ggml_tensor * page;     // I32 [n], null: there are no means
+        ggml_tensor * page_new; // I64 [n_new], null: there are no new ones
+    };
+
+    // those that move a pair's rows
+    static std::vector<ggml_tensor *> build_ops(ggml_context * ctx, const pair & p, const op_inputs & in);
+
     // n_max: the most rows that one move copies, memory for them is set aside here
     // throws std::runtime_error when a device can not do it
     llama_kv_mixed_mover(const std::vector<pair> & pairs, uint32_t n_max);
@@ -63,7 +74,8 @@ private:
     // the pairs that live on one device
     struct device {
         std::vector<pair> pairs;       // by ggml
-        std::vector<pair> pairs_fused; // by the kernels
+        std::vector<pair> pairs_fused; // by the CPU's kernels
+        std::vector<pair> pairs_op;    // by the device's own
 
         ggml_backend_ptr backend;
         ggml_gallocr_ptr galloc;

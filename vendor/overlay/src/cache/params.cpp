@@ -222,10 +222,13 @@ std::string llama_kv_mixed_format_spec(const llama_kv_mixed_params & params) {
     return res;
 }
 
-uint32_t llama_kv_mixed_hot_auto(uint32_t n_ctx_seq, uint32_t n_seq_stream) {
+uint32_t llama_kv_mixed_hot_auto(uint32_t n_ctx_seq, uint32_t n_seq_stream, uint32_t n_whole) {
     const uint64_t n_most = std::max(N_HOT_SEQ, n_ctx_seq/8/256*256);
 
-    return std::min<uint64_t>({ n_ctx_seq, n_most, (uint64_t) N_HOT_SEQ*n_seq_stream });
+    // beside them are the sinks
+    const uint64_t n_least = n_whole > 0 ? GGML_PAD(n_whole + 1, 256) : 0;
+
+    return std::min<uint64_t>({ n_ctx_seq, n_most, std::max<uint64_t>(n_least, (uint64_t) N_HOT_SEQ*n_seq_stream) });
 }
 
 llama_kv_mixed_params llama_kv_mixed_with_auto(llama_kv_mixed_params params, ggml_type type) {

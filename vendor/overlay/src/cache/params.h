@@ -19,7 +19,8 @@
 llama_kv_mixed_params llama_kv_mixed_with_auto(llama_kv_mixed_params params, ggml_type type);
 
 // hot cells of a stream of n_ctx_seq tokens that n_seq_stream sequences share
-uint32_t llama_kv_mixed_hot_auto(uint32_t n_ctx_seq, uint32_t n_seq_stream);
+// n_whole: tokens that had better have room at once, 0: none
+uint32_t llama_kv_mixed_hot_auto(uint32_t n_ctx_seq, uint32_t n_seq_stream, uint32_t n_whole = 0);
 
 // nothing: the spec asks for a plain cache; throws std::invalid_argument with one sentence
 std::optional<llama_kv_mixed_params> llama_kv_mixed_parse_spec(const std::string & spec);

@@ -1,6 +1,7 @@
 #include "graph/compose.h"
 
 #include "cache/context.h"
+#include "cpu/host.h"
 #include "formats/formats.h"
 
 #include "llama-graph.h"
@@ -158,11 +159,7 @@ std::string llama_kv_mixed_compose_reason(const llama_kv_mixed_attn_layer & laye
     const ggml_tensor * v_hot  = llama_kv_cache_mixed::get_v_storage(*layer.kv.get_hot (), layer.il);
     const ggml_tensor * v_cold = llama_kv_cache_mixed::get_v_storage(*layer.kv.get_cold(), layer.il);
 
-    // (the CPU's own buffer types name no device)
-    ggml_backend_dev_t dev = k_cold->buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(k_cold->buffer)) : nullptr;
-    if (!dev) {
-        dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    }
+    ggml_backend_dev_t dev = llama_kv_mixed_get_dev(k_cold);
 
     const int64_t n_head_kv = layer.hparams.n_head_kv(layer.il);
 
@@ -184,6 +181,11 @@ std::string llama_kv_mixed_compose_reason(const llama_kv_mixed_attn_layer & laye
 }
 
 ggml_tensor * llama_kv_mixed_compose_build(const llm_graph_context & gctx, const llama_kv_cache_mixed_context & mctx, const llama_kv_mixed_attn_inputs & in) {
+    return llama_kv_mixed_compose_build(gctx, mctx, in, build_join);
+}
+
+ggml_tensor * llama_kv_mixed_compose_build(
+        const llm_graph_context & gctx, const llama_kv_cache_mixed_context & mctx, const llama_kv_mixed_attn_inputs & in, const llama_kv_mixed_join_fn & join) {
     ggml_context * ctx = gctx.ctx0;
 
     ggml_tensor * q = in.q;
@@ -202,8 +204,8 @@ ggml_tensor * llama_kv_mixed_compose_build(const llm_graph_context & gctx, const
             q = llama_mul_mat_hadamard(ctx, q, rot->k_rot);
         }
 
-        k = build_join(ctx, mctx.get_k_cold(ctx, in.il), mctx.get_k_mean(ctx, in.il), k, rot->k_rot);
-        v = build_join(ctx, mctx.get_v_cold(ctx, in.il), nullptr, v, rot->v_rot);
+        k = join(ctx, mctx.get_k_cold(ctx, in.il), mctx.get_k_mean(ctx, in.il), k, rot->k_rot);
+        v = join(ctx, mctx.get_v_cold(ctx, in.il), nullptr, v, rot->v_rot);
     }
 
     ggml_tensor * cur = gctx.build_attn_mha(q, k, v, in.kq_b, in.kq_mask, in.sinks, nullptr, 0, in.kq_scale, in.il);

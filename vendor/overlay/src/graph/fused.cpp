@@ -3,7 +3,6 @@
 #include "graph/node.h"
 
 #include "cache/context.h"
-#include "cpu/host.h"
 
 #include "llama-cparams.h"
 #include "llama-graph.h"
@@ -45,25 +44,17 @@ std::string llama_kv_mixed_fused_reason(const llama_kv_mixed_attn_layer & layer)
     if (!llama_kv_mixed_attn_supports(hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), hparams.n_gqa(il))) {
         return "the heads are too large, or too many share a KV head";
     }
-    // (cold rows are where the hot ones are, if there are any)
-    if (!llama_kv_mixed_is_on_host(layer.kv.get_hot()->get_k_storage(il))) {
-        return "the cache is not in the CPU's memory";
-    }
 
     return "";
 }
 
 ggml_tensor * llama_kv_mixed_fused_build(const llm_graph_context & gctx, const llama_kv_cache_mixed_context & mctx, const llama_kv_mixed_attn_inputs & in) {
-    const auto & hparams = gctx.hparams;
-
     auto * inp = (llm_graph_input_kv_mixed_nodes *) gctx.res->add_input(std::make_unique<llm_graph_input_kv_mixed_nodes>());
 
     ggml_tensor * cur = inp->nodes.build(gctx.ctx0, {
             in.q, in.k, in.v, mctx.get_k_cold(gctx.ctx0, in.il), mctx.get_v_cold(gctx.ctx0, in.il),
             mctx.get_k_mean(gctx.ctx0, in.il), in.kq_mask, in.sinks,
-            mctx.get_kv()->get_n_rot_k(), mctx.get_kv()->get_n_rot_v(),
-        }, in.kq_scale, hparams.f_max_alibi_bias, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f,
-        get_n_threads(gctx.cparams));
+        }, llama_kv_mixed_make_op(gctx, mctx, in, /*.is_host =*/ true), get_n_threads(gctx.cparams));
 
     // functions of this process: some devices claim to have any operation (an RPC server does), and would be given them
     for (ggml_tensor * node = cur->src[0]; node->op == GGML_OP_CUSTOM; node = node->src[0]) {

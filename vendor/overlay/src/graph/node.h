@@ -1,6 +1,7 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "ops/op.h"
 
 #include "ggml.h"
 
@@ -21,9 +22,6 @@ struct llama_kv_mixed_node_inputs {
     ggml_tensor * k_mean; // [n_embd_k*n_head_kv, n_page, n_stream], see llama_kv_mixed_attn_args; null: none
     ggml_tensor * mask;   // [n_cold + n_hot, n_tokens/n_stream, 1, n_stream]
     ggml_tensor * sinks;  // null: none
-
-    int64_t n_rot_k;      // see llama_kv_mixed_attn_args
-    int64_t n_rot_v;
 };
 
 // the attention nodes of one graph: lives as long as that does
@@ -31,7 +29,7 @@ class llama_kv_mixed_attn_nodes {
 public:
     // [n_embd_v*n_head, n_tokens]
     // n_threads: the most that will compute the graph; further ones have nothing to do
-    ggml_tensor * build(ggml_context * ctx, const llama_kv_mixed_node_inputs & inputs, float scale, float max_bias, float logit_softcap, int n_threads);
+    ggml_tensor * build(ggml_context * ctx, const llama_kv_mixed_node_inputs & inputs, const llama_kv_mixed_op & op, int n_threads);
 
     // before every computation of the graph
     void reset();
@@ -42,12 +40,7 @@ public:
 private:
     struct node {
         const llama_kv_mixed_isa * isa;
-        llama_kv_mixed_attn_args args; // without the pointers
         llama_kv_mixed_attn_plan plan;
-
-        bool has_cold;
-        bool has_mean;
-        bool has_sinks;
 
         int n_slot;                    // threads that there is scratch memory for
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "ops/op.h"
+
 #include "ggml.h"
 
 #include <cstdint>
@@ -42,16 +44,29 @@ struct llama_kv_mixed_attn_inputs {
     int   il;
 };
 
+// where a layer's rows are: in the CPU's memory, or in that of a device
+enum llama_kv_mixed_place {
+    LLAMA_KV_MIXED_ON_HOST,
+    LLAMA_KV_MIXED_ON_DEVICE,
+    LLAMA_KV_MIXED_ANYWHERE,
+};
+
 struct llama_kv_mixed_attn_provider {
     int32_t attn; // enum llama_kv_mixed_attn_type: what asks for this one alone
 
     const char * name;
+
+    llama_kv_mixed_place place; // of the rows that it can work on
 
     // why it can not compute the attention of a layer, empty: it can
     std::string (*reason)(const llama_kv_mixed_attn_layer & layer);
 
     ggml_tensor * (*build)(const llm_graph_context & gctx, const llama_kv_cache_mixed_context & mctx, const llama_kv_mixed_attn_inputs & in);
 };
+
+// what an attention node of ours says of itself
+llama_kv_mixed_op llama_kv_mixed_make_op(
+    const llm_graph_context & gctx, const llama_kv_cache_mixed_context & mctx, const llama_kv_mixed_attn_inputs & in, bool is_host);
 
 // throws a std::runtime_error that says why, when there is a layer whose attention nobody can compute
 void llama_kv_mixed_check_attn(const llama_hparams & hparams, const llama_kv_cache_mixed & kv);
