@@ -350,7 +350,9 @@ class Context(Decoder):
         if seq_id is not None:
             check_int(seq_id, "seq_id", 0, self.n_seq_max - 1)
         with self._handle as ctx:
-            return save_state(ctx, seq_id)
+            state = save_state(ctx, seq_id)
+            self.model.check_servers(ContextError)
+            return state
 
     def state_load(self, state: bytes, seq_id: int | None = None) -> None:
         """Bring back what state_save() gave, in place of what the cache holds.
@@ -372,6 +374,7 @@ class Context(Decoder):
             self._drop_outputs()
             self.memory.note_loaded(seq_id)
             load_state(ctx, body, seq_id)
+            self.model.check_servers(ContextError)
 
     #
     # control

@@ -47,6 +47,7 @@ def _create(model: Model, params: ContextParams, c_params: Any) -> tuple[Exclusi
     if params.embeddings and pools_mean(model, c_params.pooling_type):
         _round_ubatch(model, c_params)
     parent = model.handle()
+    model.check_servers(ContextError)
     kv_mixed = _kv_mixed(params)
     with error_lines() as errors:
         pointer = lib.llama_kv_mixed_init_from_model(
@@ -54,6 +55,7 @@ def _create(model: Model, params: ContextParams, c_params: Any) -> tuple[Exclusi
         )
         if pointer != ffi.NULL:
             handle = ExclusiveHandle(pointer, lib.llama_free, parent, "context", ContextError)
+    model.check_servers(ContextError)
     if pointer == ffi.NULL:
         raise ContextError(f"The context can not be created: {errors.reason() or last_error()}.")
     return handle, pooling_of(

@@ -186,6 +186,7 @@ class Decoder:
                 tokens = tokens[self.n_kept :]
             self._decode_sequence(ctx, tokens, None, seq_id, _ends(len(tokens), [len(tokens) - 1]), is_cancelled)
             pointer = lib.llama_get_logits(ctx)
+            self.model.check_servers(ContextError)
             if pointer == ffi.NULL:
                 raise ContextError("There are no logits to draw a token from.")
             row: np.ndarray = _copy_rows(pointer + (self._n_outputs - 1) * self._n_vocab, 1, self._n_vocab)[0]
@@ -251,6 +252,7 @@ class Decoder:
                 code, reason = self._call_decode(ctx, part, is_cancelled, report)
                 if code == 1 and start > 0:
                     self._undo(ctx, spans)
+                self.model.check_servers(ContextError)
                 check(code, f"{n} tokens can not be decoded", reason)
                 if report is not None:
                     report(False)  # where nothing asks in between, as on a GPU
@@ -439,12 +441,14 @@ class Decoder:
 
     def _copy_logits(self, ctx: Any) -> np.ndarray | None:
         pointer = lib.llama_get_logits(ctx)
+        self.model.check_servers(ContextError)
         return None if pointer == ffi.NULL else _copy_rows(pointer, self._n_outputs, self._n_vocab)
 
     def _copy_embeddings(self, ctx: Any) -> np.ndarray | None:
         if not self.params.embeddings or self._pooling_type != NONE:
             return None
         pointer = lib.llama_get_embeddings(ctx)
+        self.model.check_servers(ContextError)
         return None if pointer == ffi.NULL else _copy_rows(pointer, self._n_outputs, self._n_embd_out)
 
 

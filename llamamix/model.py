@@ -12,9 +12,10 @@ import numpy as np
 
 from ._ffi import error_lines, ffi, lib
 from ._handle import Handle
-from .errors import ModelError, ParamsError
+from .errors import LlamamixError, ModelError, ParamsError
 from .gguf_file import GgufFile, check_file, path_bytes
 from .params import ModelParams, options_of
+from .rpc import Servers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -76,6 +77,8 @@ class Model:
         check_tensors: Look for values that are not numbers while loading.
         use_extra_bufts: Repack weights for the CPU where that is faster.
         vocab_only: Load the tokenizer and the metadata, no weights.
+        rpc: ggml-rpc servers that have layers, as ``"HOST:PORT"`` each or with commas between them. Only in a network
+            that you trust: the protocol has no authentication and no encryption.
 
     Attributes:
         path (pathlib.Path): The file.
@@ -97,6 +100,7 @@ class Model:
         check_tensors: bool = False,
         use_extra_bufts: bool = True,
         vocab_only: bool = False,
+        rpc: str | Sequence[str] = (),
     ) -> None:
         self._handle: Handle | None = None
         self.params: ModelParams = ModelParams(
@@ -107,17 +111,39 @@ class Model:
             check_tensors=check_tensors,
             use_extra_bufts=use_extra_bufts,
             vocab_only=vocab_only,
+            rpc=rpc,
         )
         self.path: Path = _check_path(path)
         self._templates: dict[str, ChatTemplate] = {}  # compiled, by their source
 
+        self._servers = Servers(self.params.rpc) if self.params.rpc else None
+
+        c_params = self.params.to_c()
+        if self._servers:
+            devices = self._servers.c_devices()  # named here, so that it lives until the model is loaded
+            c_params.devices = devices
         with error_lines() as errors:
-            pointer = lib.llama_model_load_from_file(path_bytes(self.path), self.params.to_c())
+            pointer = lib.llama_model_load_from_file(path_bytes(self.path), c_params)
             if pointer != ffi.NULL:
                 self._handle = Handle(pointer, lib.llama_model_free, None, "model", ModelError)
+                if self._servers:
+                    self._servers.belong_to(self._handle)
+        self._check_loaded()
         if self._handle is None:
             GgufFile(self.path)  # says it in plainer words where the file is damaged or not complete
             raise ModelError(f"{self.path} can not be loaded: {errors.reason() or 'libllama gives no reason'}.")
+
+    def _check_loaded(self) -> None:
+        try:
+            self.check_servers(ModelError)
+        except ModelError:
+            self.close()
+            raise
+
+    def check_servers(self, error: type[LlamamixError]) -> None:
+        """Raise ``error`` when a server that has layers of the model is gone."""
+        if self._servers:
+            self._servers.check(error)
 
     @classmethod
     def from_params(cls, path: str | os.PathLike[str] | bytes, params: ModelParams) -> Self:

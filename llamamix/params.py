@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import numpy as np
 from ._ffi import last_error, lib, sized
 from .errors import ParamsError
 from .formats import FORMATS, format_name
+from .rpc import parse_endpoints
 
 _COUNT_MAX = 10**9 - 1  # nine digits, the most that the text form of the mixed parameters has
 N_THREADS_MAX = 512  # GGML_MAX_N_THREADS
@@ -127,8 +128,8 @@ class KVMixedParams:
         cold_size: Cold cells per stream; 0: what the context needs beyond ``hot``.
         mean: Where K is quantised, its cold rows are stored less the mean of their page of 128 cells; False: as they
             are.
-        attn: "fused": our own kernel, for a cache in the CPU's memory; "compose": stock ggml operations; "auto": fused
-            where that is possible.
+        attn: "fused": our own kernel, for a cache in a CPU's memory, here or on an RPC server, and where a device has
+            one; "compose": stock ggml operations; "auto": fused where that is possible.
 
     Raises:
         ParamsError: For a value that can not be used.
@@ -293,6 +294,8 @@ class ModelParams:
         check_tensors: Look for values that are not numbers while loading.
         use_extra_bufts: Repack weights for the CPU where that is faster.
         vocab_only: Load the tokenizer and the metadata, no weights.
+        rpc: ggml-rpc servers that have layers, as ``"HOST:PORT"`` each or with commas between them. Only in a network
+            that you trust: the protocol has no authentication and no encryption.
 
     Raises:
         ParamsError: For a value that can not be used.
@@ -305,8 +308,10 @@ class ModelParams:
     check_tensors: bool = False
     use_extra_bufts: bool = True
     vocab_only: bool = False
+    rpc: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rpc", parse_endpoints(self.rpc) if self.rpc else ())
         _check_int(self, "n_gpu_layers", -1, 2**31 - 1)
         _check_int(self, "main_gpu", 0, 255)
         _check_name(self, "split_mode", SPLIT_MODE)

@@ -69,7 +69,9 @@ void ggml_backend_tensor_get(const struct ggml_tensor * tensor,       void * dat
 // what there is to compute with
 
 size_t             ggml_backend_reg_dev_count(ggml_backend_reg_t reg);
+ggml_backend_dev_t ggml_backend_reg_dev_get  (ggml_backend_reg_t reg, size_t index);
 ggml_backend_reg_t ggml_backend_reg_get      (size_t index);
+ggml_backend_reg_t ggml_backend_reg_by_name  (const char * name);
 const char *       ggml_backend_reg_name     (ggml_backend_reg_t reg);
 
 size_t             ggml_backend_dev_count      (void);

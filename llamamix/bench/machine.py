@@ -9,14 +9,17 @@ from .._ffi import ffi, lib
 _CPU, _GPU, _IGPU, _ACCEL = 0, 1, 2, 3
 
 
-def backends() -> str:
-    """Names of the backends as llama-bench gives them: CPU, or all others with commas between them."""
-    names = []
+def backends(with_servers: bool = False) -> str:
+    """Names of the backends as llama-bench gives them: CPU, or all others with commas between them.
+
+    with_servers  a model has layers on RPC servers, which are no devices of this machine
+    """
+    names = ["RPC"] if with_servers else []
     for i in range(lib.ggml_backend_reg_count()):
         backend = lib.ggml_backend_reg_get(i)
         name = _text(lib.ggml_backend_reg_name(backend))
         if name.startswith("RPC"):
-            names += ["RPC"] if lib.ggml_backend_reg_dev_count(backend) > 0 else []
+            names += ["RPC"] if lib.ggml_backend_reg_dev_count(backend) > 0 and "RPC" not in names else []
         elif name != "CPU":
             names.append(name)
     return ",".join(names) or "CPU"

@@ -107,7 +107,7 @@ class Runner:
         self._one_context = plan.one_context
         self._setting: dict[str, Any] = {
             "llamamix": __version__,
-            "backends": machine.backends(),
+            "backends": machine.backends(with_servers=bool(model.params.rpc)),
             "cpu_info": machine.cpu_info(),
             "gpu_info": machine.gpu_info(),
             "model_filename": str(model.path),

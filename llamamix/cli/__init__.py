@@ -6,11 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, chat, demo, eval, exec, generate, info, libdir, pull, selftest, serve, trace
+from . import bench, chat, demo, eval, exec, generate, info, libdir, pull, rpc_server, selftest, serve, trace
 from ._errors import EXIT_ERROR, exit_code, fail, prepare_streams
 from ._options import Parser
 
-_COMMANDS = (generate, chat, serve, info, bench, eval, pull, demo, trace, selftest, exec, libdir)
+_COMMANDS = (generate, chat, serve, rpc_server, info, bench, eval, pull, demo, trace, selftest, exec, libdir)
 
 
 def _parser() -> argparse.ArgumentParser:

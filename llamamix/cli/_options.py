@@ -55,6 +55,23 @@ def add_threads(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: as many as there are CPUs)")
 
 
+def add_rpc(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--rpc", metavar="HOST:PORT,..", help="servers that have layers of the model, see rpc-server: only in a network"
+        " that you trust, there is neither authentication nor encryption",
+    )  # fmt: skip
+
+
+def model_params(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ModelParams that were given. Raises ParamsError."""
+    from ..params import ModelParams
+
+    params = {"n_gpu_layers": args.n_gpu_layers, "rpc": args.rpc}
+    params = {name: value for name, value in params.items() if value is not None}
+    ModelParams(**params)
+    return params
+
+
 def add_prompt(parser: argparse.ArgumentParser, required: bool) -> None:
     prompt = parser.add_mutually_exclusive_group(required=required)
     prompt.add_argument("-p", "--prompt", metavar="TEXT")
@@ -124,6 +141,7 @@ def add_context(parser: argparse.ArgumentParser) -> None:
         "-tb", "--threads-batch", type=int, metavar="N", help="threads for the prompt (default: like -t)"
     )
     context.add_argument("-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N", help="-1: all (default)")
+    add_rpc(context)
     context.add_argument("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help="default: f16")
     context.add_argument("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help="default: f16")
     context.add_argument("-fa", "--flash-attn", default="auto", metavar="MODE", help="on, off or auto (default)")

@@ -24,7 +24,7 @@ def open_context(model: Model, params: Mapping[str, Any]) -> Context:
     from ..context import Context
     from ..shape import ModelShape
 
-    if model.params.n_gpu_layers == 0 or not _has_gpu():
+    if model.params.n_gpu_layers == 0 or not (model.params.rpc or _has_gpu()):
         check_memory(ModelShape.from_model(model), params)
     return Context(model, **params)
 

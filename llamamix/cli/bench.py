@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._files import check_outputs
-from ._options import add_command, add_model, model_path, read_text, start_log
+from ._options import add_command, add_model, add_rpc, model_params, model_path, read_text, start_log
 from ._output import FORMS, render, show
 from ._progress import Speed, bars, line
 
@@ -61,6 +61,7 @@ def register(commands: Any) -> None:
     context.add_argument("-ub", "--ubatch-size", type=int, metavar="N", help="default: 512")
     context.add_argument("-t", "--threads", action="append", metavar="N,..", help="default: as many as there are CPUs")
     context.add_argument("-ngl", "--n-gpu-layers", type=int, metavar="N", help="-1: all (default)")
+    add_rpc(context)
 
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -75,7 +76,7 @@ def register(commands: Any) -> None:
 # what only a new run has; -t 1 is --threads in args.threads
 _NEW_RUN = (
     "n_prompt", "n_gen", "n_depth", "repetitions", "file", "seed", "no_warmup", "one_context", "cache_type_k",
-    "cache_type_v", "kv_mixed", "flash_attn", "batch_size", "ubatch_size", "threads", "n_gpu_layers", "jsonl",
+    "cache_type_v", "kv_mixed", "flash_attn", "batch_size", "ubatch_size", "threads", "n_gpu_layers", "rpc", "jsonl",
 )  # fmt: skip
 
 
@@ -103,7 +104,6 @@ def _measure(args: argparse.Namespace) -> None:
     from ..bench.runner import Runner, random_tokens, text_tokens
     from ..errors import ParamsError
     from ..model import Model
-    from ..params import ModelParams
 
     plan = _plan(args)
     if args.fit and (not any(plan.n_gen) or len(plan.n_depth) < 3):
@@ -115,11 +115,10 @@ def _measure(args: argparse.Namespace) -> None:
         raise ParamsError("-s is for random tokens, and -f has others.")
     if seed < 0:
         raise ParamsError(f"-s must be 0 or more, not {seed}.")
-    model_params = {} if args.n_gpu_layers is None else {"n_gpu_layers": args.n_gpu_layers}
-    ModelParams(**model_params)
+    of_model = model_params(args)
     text = None if args.file is None else read_text(args.file)
 
-    with Model(model_path(args.model), **model_params) as model, _Output(args) as output:
+    with Model(model_path(args.model), **of_model) as model, _Output(args) as output:
         n_tokens = max(plan.n_depth) + plan.n_tokens_max
         tokens = random_tokens(model, n_tokens, seed) if text is None else text_tokens(model, text, n_tokens)
         complete = False

@@ -18,6 +18,7 @@ from ._options import (
     check_text,
     context_params,
     max_tokens,
+    model_params,
     model_path,
     sampling_params,
     start_log,
@@ -58,6 +59,7 @@ def _run(args: argparse.Namespace) -> None:
     from ..model import Model
 
     start_log(args)
+    of_model = model_params(args)
     params = context_params(args)  # a mistake should not have to wait for the model
     sampling = sampling_params(args)
     max_tokens(args)
@@ -67,7 +69,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ParamsError("Standard input is closed, and chat reads messages from it.")
 
     with (
-        Model(model_path(args.model), n_gpu_layers=args.n_gpu_layers) as model,
+        Model(model_path(args.model), **of_model) as model,
         open_context(model, params) as context,
         _trace(context) as trace,
     ):

@@ -15,6 +15,7 @@ from ._options import (
     add_sampling,
     context_params,
     max_tokens,
+    model_params,
     model_path,
     read_prompt,
     sampling_params,
@@ -52,13 +53,14 @@ def _run(args: argparse.Namespace) -> None:
     from ..model import Model
 
     start_log(args)
+    of_model = model_params(args)
     params = context_params(args)  # a mistake should not have to wait for the model
     sampling = sampling_params(args)
     n_max = max_tokens(args)
     prompt = read_prompt(args)
 
     with (
-        Model(model_path(args.model), n_gpu_layers=args.n_gpu_layers) as model,
+        Model(model_path(args.model), **of_model) as model,
         open_context(model, params) as context,
     ):
         tokens = _tokens(model, prompt, args)

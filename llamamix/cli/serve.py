@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ._options import add_command, add_kv_mixed, add_model, add_threads, model_path
+from ._options import add_command, add_kv_mixed, add_model, add_rpc, add_threads, model_path
 from ._session import check_memory
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def register(commands: Any) -> None:
     parser.add_argument("-np", "--parallel", type=int, metavar="N", help="slots (default: llama-server's)")
     add_threads(parser)
     parser.add_argument("-ngl", "--n-gpu-layers", type=int, metavar="N", help="default: all")
+    add_rpc(parser)
     add_kv_mixed(parser)
     parser.add_argument("args", nargs="*", metavar="-- ARG", help="more arguments, for llama-server")
 
@@ -41,6 +42,7 @@ def _run(args: argparse.Namespace) -> int:
     from ..errors import ParamsError
     from ..gguf_file import GgufFile
     from ..params import ContextParams, resolve_kv_mixed
+    from ..rpc import check_answers, parse_endpoints
     from ..server import Server, find_server
     from ..shape import ModelShape
 
@@ -48,15 +50,19 @@ def _run(args: argparse.Namespace) -> int:
         raise ParamsError(f"--port must be 0 to 65535, not {args.port}.")
     kv_mixed = resolve_kv_mixed(args.kv_mixed)  # a mistake should not have to wait for the model
     ContextParams(n_ctx=args.ctx_size or 0, n_threads=args.threads)
+    servers = parse_endpoints(args.rpc) if args.rpc else ()
     program = find_server()
     path = model_path(args.model)
     file = GgufFile(path)
-    if args.ctx_size and not args.args:  # who gives llama-server more of its options may mean anything
+    if args.ctx_size and not args.args and not servers:  # who gives llama-server more of its options may mean anything
         check_memory(ModelShape.of(file, path), {"n_ctx": args.ctx_size, "kv_mixed": kv_mixed or False})
     command = ["-m", str(path), "--host", args.host, "--port", str(args.port)]
     for flag, value in (("-c", args.ctx_size), ("-np", args.parallel), ("-t", args.threads), ("-ngl", args.n_gpu_layers)):
         if value is not None:
             command += [flag, str(value)]
+    if servers:
+        check_answers(servers)
+        command += ["--rpc", ",".join(servers)]
 
     def show(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

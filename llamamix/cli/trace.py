@@ -22,6 +22,7 @@ from ._options import (
     add_sampling,
     context_params,
     max_tokens,
+    model_params,
     model_path,
     read_prompt,
     sampling_params,
@@ -111,6 +112,7 @@ def _record(args: argparse.Namespace) -> None:
 
     if resolve_kv_mixed(args.kv_mixed) is None:
         raise ParamsError("A trace is about the mixed KV cache; --kv-mixed can not be off.")
+    of_model = model_params(args)
     params = context_params(args)
     sampling = sampling_params(args)
     n_max = max_tokens(args)
@@ -119,7 +121,7 @@ def _record(args: argparse.Namespace) -> None:
 
     with (
         _log_lines(plain) as lines,
-        Model(model_path(args.model), n_gpu_layers=args.n_gpu_layers) as model,
+        Model(model_path(args.model), **of_model) as model,
         open_context(model, params) as context,
         Trace(context, log=plain, measure_error=not args.no_error, layers=args.layers) as trace,
     ):

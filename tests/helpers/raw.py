@@ -150,6 +150,19 @@ class _Node(ctypes.Structure):
 
 def memory_breakdown(ctx: Any) -> tuple[int, int] | None:
     """Bytes of context and computation, of all kinds of buffers; None: this libllama's std::map is another one."""
+    found = _breakdown(ctx)
+    return None if found is None else (sum(n.context for n in found), sum(n.compute for n in found))
+
+
+def context_by_buffer(ctx: Any) -> dict[str, int] | None:
+    """Bytes of the context in each kind of buffer, by its name; None: as above."""
+    found = _breakdown(ctx)
+    base = ctypes.CDLL(str(_path.parent / bindings._file_name("ggml-base")))
+    base.ggml_backend_buft_name.restype, base.ggml_backend_buft_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    return None if found is None else {base.ggml_backend_buft_name(n.key).decode(): n.context for n in found if n.context}
+
+
+def _breakdown(ctx: Any) -> list[_Node] | None:
     try:
         function = ctypes.CDLL(str(_path))["_Z26llama_get_memory_breakdownPK13llama_context"]
     except AttributeError:
@@ -168,4 +181,4 @@ def memory_breakdown(ctx: Any) -> tuple[int, int] | None:
     result = function(int(ffi.cast("uintptr_t", ctx)))
     found = list(nodes(result.words[2]))
     assert len(found) == result.words[5]
-    return sum(n.context for n in found), sum(n.compute for n in found)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from llamamix.bench import machine
 from llamamix.cli._flags import with_flags
 from llamamix.grid import grid
 
-COMMANDS = ("generate", "chat", "serve", "info", "bench", "eval", "pull", "demo", "trace", "selftest")
+COMMANDS = ("generate", "chat", "serve", "rpc-server", "info", "bench", "eval", "pull", "demo", "trace", "selftest")
 
 
 def one_sentence(result: subprocess.CompletedProcess[bytes], code: int, text: str) -> None:
@@ -33,7 +34,7 @@ def one_sentence(result: subprocess.CompletedProcess[bytes], code: int, text: st
 
 def test_nothing_at_all_shows_help(capsys: pytest.CaptureFixture) -> None:
     code, out, err = run(capsys)
-    assert (code, err) == (0, "") and all(f"\n    {name} " in out for name in COMMANDS)
+    assert (code, err) == (0, "") and all(re.search(rf"^    {name}\s", out, re.M) for name in COMMANDS)
 
 
 def test_unknown_arguments_show_their_command_s_usage(capsys: pytest.CaptureFixture) -> None:
