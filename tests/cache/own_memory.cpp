@@ -3,21 +3,28 @@
 // It computes by the CPU's backend, so its results are the CPU's. Its memory is closed while it neither computes nor
 // copies: who takes an address in it for one of the host's memory is ended by the system at once. It has no custom
 // operations, nor those that own_memory_refuse() names; a graph that has one all the same fails. It can be made to
-// claim that it has custom operations (own_memory_claim_custom()), as an RPC server does.
+// claim that it has custom operations (own_memory_claim_custom()), as an RPC server does, and to have the kernels for CUDA,
+// emulated (own_memory_emulate_cuda()). Where OWN_MEMORY_NODES is set, it
+// says that it computes the mixed cache's attention nodes, but no other ones, and calls their host functions.
 //
 // ggml's functions are those of the process that loads it, whose libggml must be open to all (RTLD_GLOBAL).
 
+#include "cuda_emulated.h"
+
 #include "ggml-backend-impl.h"
+#include "ggml-impl.h"
 
 #include <sys/mman.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <set>
 #include <sstream>
 #include <string>
+#include <utility>
 
 static ggml_backend_device * get_device();
 
@@ -65,9 +72,17 @@ static void set_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, const void *
     memcpy((char *) tensor->data + offset, data, size);
 }
 
+static size_t n_read = 0;
+
+// bytes that went to the host since the last call
+extern "C" size_t own_memory_n_read(void) {
+    return std::exchange(n_read, 0);
+}
+
 static void get_tensor(ggml_backend_buffer_t, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
     const opened memory;
 
+    n_read += size;
     memcpy(data, (const char *) tensor->data + offset, size);
 }
 
@@ -118,6 +133,7 @@ static ggml_backend_buffer_type_t get_buffer_type(ggml_backend_dev_t) {
 static std::set<std::string> refused;
 
 static bool claims_custom = false;
+static bool emulates_cuda = false;
 
 extern "C" void own_memory_claim_custom(bool claims) {
     claims_custom = claims;
@@ -133,13 +149,42 @@ extern "C" void own_memory_refuse(const char * what) {
     }
 }
 
+static std::map<int, int> n_emulated;
+
+// whether it has the kernels for CUDA, emulated; counts of nodes start at 0
+extern "C" void own_memory_emulate_cuda(bool emulates) {
+    emulates_cuda = emulates;
+    n_emulated.clear();
+}
+
+// nodes of a kind (enum llama_kv_mixed_op_kind) that it has computed by these
+extern "C" int own_memory_n_emulated(int kind) {
+    return n_emulated[kind];
+}
+
+static bool has_nodes() {
+    return getenv("OWN_MEMORY_NODES") != nullptr;
+}
+
+// why a node of the mixed cache is not computed, null: it is
+static const char * get_node_reason(ggml_backend_dev_t, const ggml_tensor * node) {
+    if (emulates_cuda) {
+        return kv_get_reason(node);
+    }
+    return node->op == GGML_OP_CUSTOM && node->type == GGML_TYPE_F32 ? nullptr : "this device computes attention nodes only";
+}
+
+static void * get_proc_address(ggml_backend_reg_t, const char * name) {
+    return (has_nodes() || emulates_cuda) && strcmp(name, "llama_kv_mixed_op_reason") == 0 ? (void *) get_node_reason : nullptr;
+}
+
 static bool is_custom(const ggml_tensor * op) {
     return op->op == GGML_OP_CUSTOM || (op->op >= GGML_OP_MAP_CUSTOM1 && op->op <= GGML_OP_MAP_CUSTOM3);
 }
 
 static bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     if (is_custom(op)) {
-        return claims_custom;
+        return claims_custom || (emulates_cuda && !kv_get_reason(op));
     }
     if (op->src[0]) {
         const std::string source = ggml_type_name(op->src[0]->type);
@@ -154,6 +199,9 @@ static bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
 static ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
+        if ((has_nodes() || emulates_cuda) && is_custom(node) && !get_node_reason(backend->device, node)) {
+            continue;
+        }
         if (is_custom(node) || !supports_op(backend->device, node)) {
             fprintf(stderr, "the device is given %s (%s), which it does not have\n", ggml_op_desc(node), node->name);
             return GGML_STATUS_FAILED;
@@ -162,7 +210,32 @@ static ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
 
     const opened memory;
 
-    return ggml_backend_graph_compute((ggml_backend_t) backend->context, graph);
+    const auto cpu = (ggml_backend_t) backend->context;
+    if (!emulates_cuda) {
+        return ggml_backend_graph_compute(cpu, graph);
+    }
+
+    for (int i = 0, end; i < ggml_graph_n_nodes(graph); i = end) {
+        ggml_tensor * node = ggml_graph_node(graph, i);
+        if (is_custom(node)) {
+            llama_kv_mixed_op op;
+            llama_kv_mixed_op_read(node, op);
+            n_emulated[op.kind]++;
+
+            emulate_node(node);
+            end = i + 1;
+            continue;
+        }
+        for (end = i + 1; end < ggml_graph_n_nodes(graph) && !is_custom(ggml_graph_node(graph, end)); ++end) {}
+
+        ggml_cgraph part = ggml_graph_view(graph, i, end);
+
+        const ggml_status status = ggml_backend_graph_compute(cpu, &part);
+        if (status != GGML_STATUS_SUCCESS) {
+            return status;
+        }
+    }
+    return GGML_STATUS_SUCCESS;
 }
 
 static ggml_backend_t init_backend(ggml_backend_dev_t dev, const char *) {
@@ -207,6 +280,7 @@ static ggml_backend_reg_t get_reg() {
         iface.get_name         = [](ggml_backend_reg_t) { return "OwnMemory"; };
         iface.get_device_count = [](ggml_backend_reg_t) -> size_t { return 1; };
         iface.get_device       = [](ggml_backend_reg_t, size_t) -> ggml_backend_dev_t { return get_device(); };
+        iface.get_proc_address = get_proc_address;
 
         return ggml_backend_reg{ GGML_BACKEND_API_VERSION, iface, nullptr };
     }();

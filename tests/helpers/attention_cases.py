@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,30 +115,35 @@ def is_possible(values: dict[str, Any]) -> bool:
     return values.get("n_cold", 1) + values.get("n_hot", 1) > 0 and Case(**small | values).cost <= COST_MAX
 
 
-def pairwise() -> list[Case]:
-    """Cases that have every possible pair of values of any two axes, found greedily among random ones."""
-    rng = np.random.default_rng(0)
+def cover(axes: dict[str, Any], possible: Callable[[dict[str, Any]], bool], seed: int = 0) -> list[dict[str, Any]]:
+    """Values of axes, so that every possible pair of values of any two is among them, found greedily at random."""
+    rng = np.random.default_rng(seed)
     missing: dict[Pair, None] = {
         (a, x, b, y): None
-        for a, b in itertools.combinations(AXES, 2)
-        for x, y in itertools.product(AXES[a], AXES[b])
-        if is_possible({a: x, b: y})
+        for a, b in itertools.combinations(axes, 2)
+        for x, y in itertools.product(axes[a], axes[b])
+        if possible({a: x, b: y})
     }
-    cases = []
+    res = []
     while missing:
         a, x, b, y = next(iter(missing))
         best: tuple[dict[str, Any], set[Pair]] = ({}, set())
         for _ in range(10):
-            values = {name: axis[rng.integers(len(axis))] for name, axis in AXES.items()} | {a: x, b: y}
-            if is_possible(values):
+            values = {name: axis[rng.integers(len(axis))] for name, axis in axes.items()} | {a: x, b: y}
+            if possible(values):
                 covered = {(*i, *j) for i, j in itertools.combinations(values.items(), 2)} & missing.keys()
                 if len(covered) > len(best[1]):
                     best = values, covered
         if best[1]:
-            cases.append(Case(**best[0], seed=len(cases)))
+            res.append(best[0])
             for pair in best[1]:
                 del missing[pair]
-    return cases
+    return res
+
+
+def pairwise() -> list[Case]:
+    """Cases that have every possible pair of values of any two axes."""
+    return [Case(**values, seed=i) for i, values in enumerate(cover(AXES, is_possible))]
 
 
 @dataclass
@@ -155,20 +161,28 @@ class Data:
     sinks: np.ndarray | None
     scale: float
 
+    @property
+    def segments(self) -> list[tuple[tuple[str, np.ndarray], tuple[str, np.ndarray]]]:
+        """Types and rows of K and V, cold and hot."""
+        c = self.case
+        (cold_k, cold_v), (hot_k, hot_v) = self.cold, self.hot
+        return [((c.cold_k, cold_k), (c.cold_v, cold_v)), ((c.hot_k, hot_k), (c.hot_v, hot_v))]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What attention() takes beside rows."""
+        c = self.case
+        return {
+            "mask": self.mask, "sinks": self.sinks, "scale": self.scale, "logit_softcap": c.logit_softcap,
+            "max_bias": c.max_bias, "n_rot": (c.n_rot_k, c.n_rot_v), "means": self.means,
+        }  # fmt: skip
+
     def compute(self, isa: str | None = None, n_threads: int = 1) -> np.ndarray:
         c = self.case
         if isa in emulated.emulated_isas():
-            types = ((c.cold_k, c.cold_v), (c.hot_k, c.hot_v))
-            rows = (self.cold, self.hot)
-            return emulated.compute(
-                isa, n_threads, self.q, [tuple(zip(*x, strict=True)) for x in zip(types, rows, strict=True)], self.mask,
-                self.sinks, self.scale, c.logit_softcap, c.max_bias, (c.n_rot_k, c.n_rot_v), self.means,
-            )  # fmt: skip
-        return attention(
-            self.q, self.cold, self.hot, types=((c.cold_k, c.cold_v), (c.hot_k, c.hot_v)), mask=self.mask,
-            sinks=self.sinks, scale=self.scale, logit_softcap=c.logit_softcap, max_bias=c.max_bias,
-            n_rot=(c.n_rot_k, c.n_rot_v), means=self.means, n_threads=n_threads, isa=isa,
-        )  # fmt: skip
+            return emulated.compute(isa, self.q, self.segments, **self.options, n_threads=n_threads)
+        types = ((c.cold_k, c.cold_v), (c.hot_k, c.hot_v))
+        return attention(self.q, self.cold, self.hot, types=types, **self.options, n_threads=n_threads, isa=isa)
 
 
 def make_rows(rng: np.random.Generator, case: Case, n_kv: int, kv_type: str, n_embd: int) -> tuple[np.ndarray, ...]:

@@ -67,7 +67,7 @@ def write_tiny_model(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(rope_freq_base)
     writer.add_vocab_size(n_vocab)
-    _add_vocab(writer, n_vocab)
+    add_vocab(writer, n_vocab)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
 
@@ -247,7 +247,8 @@ def _add_gemma4(
         weights.matrix(f"blk.{i}.ffn_down", n_embd, n_ff)
 
 
-def _add_vocab(writer: gguf.GGUFWriter, n_vocab: int) -> None:
+def add_vocab(writer: gguf.GGUFWriter, n_vocab: int) -> None:
+    """The tokens of tiny models, filled up with ones that no text has."""
     tokens = ["<unk>", "<s>", "</s>", *_BYTES, _SPACE, *_LETTERS, *_WORDS]
     types = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     types += [gguf.TokenType.BYTE] * len(_BYTES)
