@@ -21,7 +21,8 @@ SHOWN = [name for page in sorted((DOCS / "reference").glob("*.md")) for name in 
 
 # what the site does not show: what a class or a module has for others of the package, and what is deprecated
 _HIDDEN = re.compile(
-    r"^_|_c$|^(handle|use|use_memory|note_loaded|copy_stream|n_cells|state_read|state_write|make|links_of|graph|buffer)$"
+    r"^_|_c$|^(handle|check_servers|use|use_memory|note_loaded|copy_stream|n_cells|state_read|state_write|make|links_of"
+    r"|graph|buffer)$"
 )
 
 # nobody but the package makes one
