@@ -30,7 +30,7 @@ QUICK = {
     "asan": (
         ["tests/cache", "tests/attention/test_attention.py", "tests/attention/test_quantize.py",
          "tests/rpc/test_nodes.py", "tests/rpc/test_fuzz.py"],
-        "not test_cache_machine and (not any_case or q4_0-q4_0)",
+        "not test_cache_machine and not emulated and (not any_case or q4_0-q4_0)",
     ),
     # what several threads do at a time: move tokens and compute, read a trace, take turns with a cache
     "tsan": (

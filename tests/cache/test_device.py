@@ -192,7 +192,11 @@ def test_the_kernel_is_refused(make: Make) -> None:
 
 GPU_COLD = ["q4_0", "iq4_nl", "q8_0", "q5_0"]  # what it has kernels for that store rows
 
+# (which takes a sanitizer very long: it looks at the whole stack whenever a thread of the GPU takes turns with another)
+emulated = pytest.mark.emulated
 
+
+@emulated
 @pytest.mark.parametrize("flash_attn", ["off", "on"])
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("cold", GPU_COLD)
@@ -220,6 +224,7 @@ def test_kernels_for_gpus(cold: str, mean: bool, flash_attn: str, device: Device
     assert rms(actual - expected) < {"q4_0": 0.05, "q8_0": 0.25}.get(cold, 0.25) * effect
 
 
+@emulated
 @pytest.mark.parametrize("unified", [True, False])
 def test_kernels_for_gpus_and_several_sequences(unified: bool, device: Device, make: Make) -> None:
     device.emulate_cuda(True)
@@ -252,6 +257,7 @@ def test_hot_has_room_for_a_ubatch(n_ctx: int, n_ubatch: int, hot: int, device: 
     assert make(device.on_cpu, kv_mixed=True, **sizes).kv_mixed.n_hot == 512
 
 
+@emulated
 @pytest.mark.parametrize("emulates", [True, False], ids=["kernels", "operations"])
 def test_rows_stay_on_the_device_when_they_become_cold(emulates: bool, device: Device, make: Make) -> None:
     """Nothing but logits goes to the host."""
@@ -267,6 +273,7 @@ def test_rows_stay_on_the_device_when_they_become_cold(emulates: bool, device: D
     assert device.n_read() == 40 * context.model.n_vocab * 4
 
 
+@emulated
 def test_what_gpus_have_no_kernels_for_is_composed(
     device: Device, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -472,6 +479,7 @@ def test_a_context_shift_that_the_device_can_not_compute(cold: str, operation: s
     np.testing.assert_array_equal(actual, run(make(device.on_cpu, kv_mixed=mixed(cold, "compose"))))
 
 
+@emulated
 def test_a_context_shift_of_rows_that_only_kernels_read(device: Device, make: Make) -> None:
     """CUDA has kernels for rows of IQ4_NL, and no operation that expands them: ggml's scheduler does that elsewhere."""
     device.emulate_cuda(True)
