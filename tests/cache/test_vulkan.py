@@ -82,8 +82,9 @@ def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
     assert rms(actual - expected) < NOISE * rms(expected)
 
 
-def on_vulkan(context: Context) -> bool:
-    return any("Vulkan" in name for name in context.memory_breakdown)
+def test_the_cache_is_there(make: Make) -> None:
+    with pytest.raises(ContextError, match="Vulkan0 has no kernels for it"):
+        make(kv_mixed=mixed("q4_0", attn="fused"), **F16)
 
 
 @pytest.mark.parametrize("flash_attn", ["off", "on"])
@@ -109,9 +110,12 @@ def test_any_cold_type(cold: str, models: Models, make: Make) -> None:
     assert context.stats.cold_used > 100
     expected = decode(make(models.cpu, kv_mixed=mixed(cold, attn="compose"), **F16))
     plain = decode(make(models.cpu, kv_mixed=False, **F16))
-    # where rows are stored by ggml's operations, the CPU's kernels search other scales for these
-    share = 1.0 if cold in ("iq4_nl", "q5_0") else 0.5 if cold == "q8_0" else 0.25
-    assert 0 < rms(actual - expected) < share * rms(expected - plain) + NOISE * rms(plain)
+    effect, noise = rms(expected - plain), NOISE * rms(plain)
+    # ggml's operations store rows there; for two types the CPU's kernels search other scales, whose errors are then
+    # independent of these, and a twentieth smaller: sqrt(1 + 1.06^2) = 1.46
+    share = 1.5 if cold in ("iq4_nl", "q5_0") else 0.5 if cold == "q8_0" else 0.25
+    assert 0 < rms(actual - expected) < share * effect + noise
+    assert rms(actual - plain) < 1.3 * effect + noise
 
 
 @pytest.mark.parametrize("flash_attn", ["off", "on"])
