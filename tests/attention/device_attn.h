@@ -77,10 +77,7 @@ static void join_on_host(ggml_tensor * dst, int, int, void *) {
 }
 
 static llama_kv_mixed_op make_op(llama_kv_mixed_op_kind kind) {
-    llama_kv_mixed_op res = {};
-    res.magic   = LLAMA_KV_MIXED_OP_MAGIC;
-    res.version = LLAMA_KV_MIXED_OP_VERSION;
-    res.kind    = kind;
+    llama_kv_mixed_op res = llama_kv_mixed_op_of(kind);
     res.is_host = is_cpu();
     return res;
 }

@@ -67,7 +67,7 @@ static void open_device(const char * name) {
 
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(dev);
 
-    get_reason = (reason_t) ggml_backend_reg_get_proc_address(reg, "llama_kv_mixed_op_reason");
+    get_reason = (reason_t) ggml_backend_reg_get_proc_address(reg, LLAMA_KV_MIXED_OP_REASON);
 
     auto * set_n_threads = (ggml_backend_set_n_threads_t)
         ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");

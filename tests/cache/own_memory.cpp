@@ -175,7 +175,7 @@ static const char * get_node_reason(ggml_backend_dev_t, const ggml_tensor * node
 }
 
 static void * get_proc_address(ggml_backend_reg_t, const char * name) {
-    return (has_nodes() || emulates_cuda) && strcmp(name, "llama_kv_mixed_op_reason") == 0 ? (void *) get_node_reason : nullptr;
+    return (has_nodes() || emulates_cuda) && strcmp(name, LLAMA_KV_MIXED_OP_REASON) == 0 ? (void *) get_node_reason : nullptr;
 }
 
 static bool is_custom(const ggml_tensor * op) {

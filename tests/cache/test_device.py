@@ -463,20 +463,22 @@ def test_means_on_the_device(cold: str, unified: bool, device: Device, make: Mak
     assert float(np.sqrt(np.mean((actual - without) ** 2))) > 0.5 * effect  # without means it would be something else
 
 
+def shift(context: Context) -> np.ndarray:
+    """Logits of what follows when a part of a sequence is removed and the rest has moved up."""
+    context.decode(random_tokens(200))
+    context.memory.seq_rm(0, 4, 60)
+    context.memory.seq_add(0, 60, -1, -56)
+    context.decode(random_tokens(40, 1), logits="all")
+    return context.logits
+
+
 @pytest.mark.parametrize(("cold", "operation"), [("q4_0", "CPY f32 q4_0"), ("f16", "CPY f32 f16")])
 def test_a_context_shift_that_the_device_can_not_compute(cold: str, operation: str, device: Device, make: Make) -> None:
     """ggml's scheduler computes elsewhere what a device does not have, and is not asked to do so in the cache itself."""
     device.refuse(operation)
 
-    def run(context: Context) -> np.ndarray:
-        context.decode(random_tokens(200))
-        context.memory.seq_rm(0, 4, 60)
-        context.memory.seq_add(0, 60, -1, -56)
-        context.decode(random_tokens(40, 1), logits="all")
-        return context.logits
-
-    actual = run(make(kv_mixed=mixed(cold)))
-    np.testing.assert_array_equal(actual, run(make(device.on_cpu, kv_mixed=mixed(cold, "compose"))))
+    actual = shift(make(kv_mixed=mixed(cold)))
+    np.testing.assert_array_equal(actual, shift(make(device.on_cpu, kv_mixed=mixed(cold, "compose"))))
 
 
 @emulated
@@ -485,19 +487,12 @@ def test_a_context_shift_of_rows_that_only_kernels_read(device: Device, make: Ma
     device.emulate_cuda(True)
     device.refuse("CPY iq4_nl f32")
 
-    def run(context: Context) -> np.ndarray:
-        context.decode(random_tokens(200))
-        context.memory.seq_rm(0, 4, 60)
-        context.memory.seq_add(0, 60, -1, -56)
-        context.decode(random_tokens(40, 1), logits="all")
-        return context.logits
-
     f16 = {"type_k": "f16", "type_v": "f16"}
     context = make(kv_mixed=mixed("auto"), **f16)
-    actual = run(context)
+    actual = shift(context)
     assert context.kv_mixed.cold == "iq4_nl" and device.n_nodes("attention") + device.n_nodes("join") > 0
-    expected = run(make(device.on_cpu, kv_mixed=mixed("iq4_nl", "compose"), **f16))
-    effect = rms(expected - run(make(device.on_cpu, kv_mixed=None, **f16)))
+    expected = shift(make(device.on_cpu, kv_mixed=mixed("iq4_nl", "compose"), **f16))
+    effect = rms(expected - shift(make(device.on_cpu, kv_mixed=None, **f16)))
     assert 0 < rms(actual - expected) < 0.25 * effect  # as in test_kernels_for_gpus
 
 
@@ -507,13 +502,10 @@ def test_a_context_shift_is_the_plain_caches(kv_type: str, make: Make) -> None:
 
     def run(kv_mixed: Any, flash_attn: str = "off") -> np.ndarray:
         context = make(kv_mixed=kv_mixed, type_k=kv_type, type_v=kv_type, flash_attn=flash_attn)
-        context.decode(random_tokens(200))
-        context.memory.seq_rm(0, 4, 60)
-        context.memory.seq_add(0, 60, -1, -56)
-        context.decode(random_tokens(40, 1), logits="all")
+        logits = shift(context)
         if kv_mixed:
             assert context.stats.n_migrations > 10
-        return context.logits
+        return logits
 
     expected = run(False)
     atol = ATOL

@@ -24,8 +24,7 @@ ggml_tensor * llama_kv_mixed_build_op(
 std::string llama_kv_mixed_op_reason(ggml_backend_dev_t dev, const ggml_tensor * node) {
     typedef const char * (*reason_fn)(ggml_backend_dev_t dev, const ggml_tensor * node);
 
-    // what a backend that knows our nodes answers to by that name
-    const auto get_reason = (reason_fn) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "llama_kv_mixed_op_reason");
+    const auto get_reason = (reason_fn) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), LLAMA_KV_MIXED_OP_REASON);
     if (!get_reason) {
         return format("%s has no kernels for it", ggml_backend_dev_name(dev));
     }

@@ -99,6 +99,11 @@ inline bool llama_kv_mixed_op_read(const ggml_tensor * node, llama_kv_mixed_op &
     return node->op == GGML_OP_CUSTOM && op.magic == LLAMA_KV_MIXED_OP_MAGIC && op.version == LLAMA_KV_MIXED_OP_VERSION;
 }
 
+// whether rows of n_embd values can be rotated in blocks of n; 0: they are not rotated
+inline bool llama_kv_mixed_op_is_rot(int64_t n, int64_t n_embd) {
+    return n == 0 || (n >= 16 && n <= LLAMA_KV_MIXED_MAX_ROT && (n & (n - 1)) == 0 && n_embd % n == 0);
+}
+
 // rows of K or V: [n_embd, n_head_kv, n, n_stream], each row in one piece, no two dimensions swapped
 inline bool llama_kv_mixed_op_is_rows(const ggml_tensor * t, int64_t n_embd, int64_t n_head_kv, int64_t n_stream) {
     if (!t || t->type < 0 || t->type >= GGML_TYPE_COUNT || ggml_blck_size(t->type) == 0) {
@@ -219,11 +224,7 @@ inline bool llama_kv_mixed_op_read_attn(const ggml_tensor * node, llama_kv_mixed
     args.sinks = sinks ? (const float *) sinks->data : nullptr;
     args.dst   = (float *) node->data;
 
-    const auto is_rot = [](int64_t n, int64_t n_embd) {
-        return n == 0 || (n >= 16 && n <= LLAMA_KV_MIXED_MAX_ROT && (n & (n - 1)) == 0 && n_embd % n == 0);
-    };
-
-    return is_rot(args.n_rot_k, n_embd_k) && is_rot(args.n_rot_v, n_embd_v) &&
+    return llama_kv_mixed_op_is_rot(args.n_rot_k, n_embd_k) && llama_kv_mixed_op_is_rot(args.n_rot_v, n_embd_v) &&
         ggml_nelements(node)/n_embd_v >= q->ne[1]*q->ne[2];
 }
 
@@ -260,7 +261,7 @@ inline bool llama_kv_mixed_op_read_join(const ggml_tensor * node, llama_kv_mixed
     return llama_kv_mixed_op_is_rows(args.cold, args.n_embd, args.n_head_kv, args.n_stream) &&
         llama_kv_mixed_op_is_rows(args.hot, args.n_embd, args.n_head_kv, args.n_stream) &&
         (!args.mean || llama_kv_mixed_op_is_mean(args.mean, args.n_embd, args.n_head_kv, args.n_cold, args.n_stream)) &&
-        (args.n_rot == 0 || (args.n_rot >= 16 && (args.n_rot & (args.n_rot - 1)) == 0 && args.n_embd % args.n_rot == 0)) &&
+        llama_kv_mixed_op_is_rot(args.n_rot, args.n_embd) &&
         node->ne[0] == args.n_embd && node->ne[1] == args.n_head_kv && node->ne[2] == args.n_cold + args.n_hot && node->ne[3] == args.n_stream &&
         ggml_is_contiguous(node);
 }
@@ -322,5 +323,5 @@ inline bool llama_kv_mixed_op_read_move(const ggml_tensor * node, llama_kv_mixed
     return is_rows(from) && is_rows(to) && (!mean || (is_rows(mean) && mean->type == GGML_TYPE_F16)) && (!is_mean || to->type == GGML_TYPE_F16) &&
         is_list(row_from, GGML_TYPE_I32, args.n) && is_list(row_to, GGML_TYPE_I64, args.n_to) && (!page || is_list(page, GGML_TYPE_I32, args.n)) &&
         (is_mean || args.n_to == args.n) &&
-        (args.n_rot == 0 || (args.n_rot >= 16 && (args.n_rot & (args.n_rot - 1)) == 0 && args.n_embd % args.n_rot == 0));
+        llama_kv_mixed_op_is_rot(args.n_rot, args.n_embd);
 }
