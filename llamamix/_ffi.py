@@ -245,7 +245,8 @@ class ErrorLines(list[str]):
         if not self:
             return ""
         text = " ".join(self[0].split())
-        return re.sub(r"^\w+: (error loading (model|state|\w+ file): |failed to initialize the context: )?", "", text)
+        what = r"error loading (model|state|\w+ file)|failed to initialize the context|failed to quantize"
+        return re.sub(rf"^\w+: (({what}): )?", "", text)
 
 
 @contextlib.contextmanager

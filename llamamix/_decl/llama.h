@@ -92,6 +92,27 @@ struct llama_context_params {
     struct llama_context * ctx_other;
 };
 
+struct llama_model_quantize_params {
+    int32_t nthread;
+    int32_t ftype;
+    int32_t output_tensor_type;
+    int32_t token_embedding_type;
+
+    bool allow_requantize;
+    bool quantize_output_tensor;
+    bool only_copy;
+    bool pure;
+    bool keep_split;
+    bool dry_run;
+
+    const void *    imatrix;
+    const void *    kv_overrides;
+    const void *    tt_overrides;
+    const int32_t * prune_layers;
+
+    size_t max_buf_size;
+};
+
 struct llama_sampler_chain_params {
     bool no_perf;
 };
@@ -179,6 +200,13 @@ int32_t llama_chat_apply_template(
         bool    add_ass,
         char *  buf,
         int32_t length);
+
+struct llama_model_quantize_params llama_model_quantize_default_params(void);
+
+uint32_t llama_model_quantize(
+        const char * fname_inp,
+        const char * fname_out,
+        const struct llama_model_quantize_params * params);
 
 // vocab
 

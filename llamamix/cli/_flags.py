@@ -34,7 +34,14 @@ _FLAGS = {
     "json_schema": "--json-schema",
 }
 # words as well, and so parameters only where a sentence begins with them
-_WORDS = {"seed": "-s", "grammar": "--grammar", "repetitions": "-r", "stride": "--stride", "rpc": "--rpc"}
+_WORDS = {
+    "seed": "-s",
+    "grammar": "--grammar",
+    "repetitions": "-r",
+    "stride": "--stride",
+    "rpc": "--rpc",
+    "weights": "--weights",
+}
 
 _NAMES = "|".join(sorted(_FLAGS, key=len, reverse=True))
 # not a part of another name, and not what somebody wrote, which stands in quotation marks

@@ -31,6 +31,20 @@ def bars(*columns: Any) -> Iterator[Any]:
         yield progress
 
 
+@contextlib.contextmanager
+def file_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for files that are read and written: it is told what is being done, and the bytes done and in all."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn
+
+    with bars(TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn()) as progress:
+        task = progress.add_task("", total=None)
+
+        def update(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        yield update
+
+
 def _console() -> Console:
     from rich.console import Console
 

@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._files import check_outputs
 from ._options import add_command, add_model, add_rpc, model_params, model_path, read_text, start_log
 from ._output import FORMS, render, show
-from ._progress import Speed, bars, line
+from ._progress import Speed, bars, file_progress, line
 
 if TYPE_CHECKING:
     from ..bench import Plan, Row
@@ -57,6 +58,10 @@ def register(commands: Any) -> None:
     caches.add_argument("-fa", "--flash-attn", action="append", metavar="MODE,..", help="on, off or auto (default)")
 
     context = parser.add_argument_group("context")
+    context.add_argument(
+        "--weights", metavar="TYPE",
+        help="requantise the model first, once: q4_0, q8_0, f16 and more (default: as they are)",
+    )  # fmt: skip
     context.add_argument("-b", "--batch-size", type=int, metavar="N", help="default: 2048")
     context.add_argument("-ub", "--ubatch-size", type=int, metavar="N", help="default: 512")
     context.add_argument("-t", "--threads", action="append", metavar="N,..", help="default: as many as there are CPUs")
@@ -77,6 +82,7 @@ def register(commands: Any) -> None:
 _NEW_RUN = (
     "n_prompt", "n_gen", "n_depth", "repetitions", "file", "seed", "no_warmup", "one_context", "cache_type_k",
     "cache_type_v", "kv_mixed", "flash_attn", "batch_size", "ubatch_size", "threads", "n_gpu_layers", "rpc", "jsonl",
+    "weights",
 )  # fmt: skip
 
 
@@ -104,6 +110,7 @@ def _measure(args: argparse.Namespace) -> None:
     from ..bench.runner import Runner, random_tokens, text_tokens
     from ..errors import ParamsError
     from ..model import Model
+    from ..weights import check_type
 
     plan = _plan(args)
     if args.fit and (not any(plan.n_gen) or len(plan.n_depth) < 3):
@@ -115,10 +122,11 @@ def _measure(args: argparse.Namespace) -> None:
         raise ParamsError("-s is for random tokens, and -f has others.")
     if seed < 0:
         raise ParamsError(f"-s must be 0 or more, not {seed}.")
+    weights = None if args.weights is None else check_type(args.weights)
     of_model = model_params(args)
     text = None if args.file is None else read_text(args.file)
 
-    with Model(model_path(args.model), **of_model) as model, _Output(args) as output:
+    with Model(_weights(model_path(args.model), weights), **of_model) as model, _Output(args) as output:
         n_tokens = max(plan.n_depth) + plan.n_tokens_max
         tokens = random_tokens(model, n_tokens, seed) if text is None else text_tokens(model, text, n_tokens)
         complete = False
@@ -135,6 +143,15 @@ def _measure(args: argparse.Namespace) -> None:
             complete = True
         finally:
             output.finish(complete)
+
+
+def _weights(path: Path, weights: str | None) -> Path:
+    from ..weights import requantise
+
+    if weights is None:
+        return path
+    with file_progress() as progress:
+        return requantise(path, weights, progress)
 
 
 def _plan(args: argparse.Namespace) -> Plan:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ._files import check_outputs
 from ._options import MODEL_HELP, add_command, add_model, model_path, start_log
 from ._output import FORMS, render, show
-from ._progress import bars
+from ._progress import bars, file_progress
 
 if TYPE_CHECKING:
     from ..eval import Case, Plan, Row, Source, Store
@@ -140,10 +140,10 @@ def _measure_model(
     output: _Output,
 ) -> None:
     from ..eval import Runner
-    from ..eval.weights import expand, sha256_of
     from ..model import Model
+    from ..weights import expand, sha256_of
 
-    with _file_progress() as progress:
+    with file_progress() as progress:
         if args.f32:
             path = expand(path, progress)
         sha256 = sha256_of(path, progress)
@@ -231,19 +231,6 @@ def _names(texts: Sequence[str]) -> list[str]:
 
 def _note(text: str) -> None:
     print(f"llamamix: {text}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _file_progress() -> Iterator[Any]:
-    from rich.progress import BarColumn, DownloadColumn, TextColumn
-
-    with bars(TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn()) as progress:
-        task = progress.add_task("", total=None)
-
-        def update(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total)
-
-        yield update
 
 
 @contextlib.contextmanager

@@ -718,6 +718,8 @@ def test_a_plot_without_matplotlib(capsys: pytest.CaptureFixture, monkeypatch: p
         ("-m x --fit", "3 depths"),
         ("-m x --fit -d 0,1,2 -n 0", "3 depths"),
         ("-m x --plot y.png -n 0", "must be over 0"),
+        ("-m x --weights q9", "--weights must be of f32, f16, bf16, q8_0, "),
+        ("--replay x --weights q4_0", "--weights is for a new one"),
         ("--replay x -p 5", "--n-prompt is for a new one"),
         ("--replay x --kv-mixed hot=5", "--kv-mixed"),
         ("--replay x --no-warmup", "--no-warmup"),
