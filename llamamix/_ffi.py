@@ -31,6 +31,7 @@ _CHECKOUT = _PACKAGE.parent
 # structs that cross the interface by value or are filled by the library
 _STRUCTS = (
     "llama_model_params",
+    "llama_model_quantize_params",
     "llama_context_params",
     "llama_batch",
     "llama_kv_mixed_params",

@@ -269,6 +269,7 @@ LLAMA_API size_t llama_kv_mixed_sizeof(const char * name) {
         SIZE_OF(llama_kv_mixed_ubatch),
         SIZE_OF(llama_logit_bias),
         SIZE_OF(llama_model_params),
+        SIZE_OF(llama_model_quantize_params),
         SIZE_OF(llama_perf_context_data),
         SIZE_OF(llama_sampler_chain_params),
 #undef SIZE_OF
