@@ -1,12 +1,19 @@
-"""How many threads compute attention in a context."""
+"""How many threads compute attention, and what that changes: nothing."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import cffi
+import numpy as np
 import pytest
+from helpers.attention_cases import ISAS, Case, make_data
 from helpers.processes import library_dir
+from helpers.tiny_model import random_tokens
 
 from llamamix import Context, ContextParams, Model
 from llamamix import _ffi as bindings
@@ -62,3 +69,54 @@ def test_threads_that_are_added_later_compute_attention(tiny_model: Model, monke
     assert one == 3 * [one[0]] and two == 3 * [two[0]]
     assert three == 3 * [one[0] + 2 * per_thread]
     assert set(again) <= {one[0], three[0]}  # fewer threads do with a graph for more
+
+
+@pytest.fixture(scope="module")
+def other_work() -> Iterator[None]:
+    """A program for each processor that does not stop."""
+    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    yield
+    assert all(program.poll() is None for program in programs)
+    for program in programs:
+        program.kill()
+        program.wait()
+
+
+THREADS = [4, 8, 16]
+
+# tasks of several heads and their merge, of one head and its merge, blocks of a prompt
+WORK = [
+    Case(n_head_kv=16, n_gqa=2, n_cold=5000),
+    Case(n_head_kv=1, n_cold=5000, mask="sparse"),
+    Case(n_tokens=130, n_cold=1000, mask="causal"),
+]
+
+
+@pytest.mark.parametrize("n_threads", THREADS)
+@pytest.mark.parametrize("case", WORK, ids=["heads", "cells", "prompt"])
+def test_more_threads_than_processors(case: Case, n_threads: int, other_work: None) -> None:
+    """Tasks are taken by whoever is free, and are the same ones: a thread that has to wait holds nobody up for more than
+    its own, and changes no bit."""
+    data = make_data(case)
+    for isa in ISAS:
+        alone = data.compute(isa, 1).tobytes()
+        assert all(data.compute(isa, n_threads).tobytes() == alone for _ in range(5))
+
+
+@pytest.mark.parametrize("n_threads", THREADS)
+def test_a_context_with_more_threads_than_processors(n_threads: int, tiny_model: Model, other_work: None) -> None:
+    """Prompts, migrations and decoding; ggml's threads wait for each other there."""
+
+    def logits(n_threads: int) -> np.ndarray:
+        tokens = random_tokens(120)
+        rows = []
+        with Context(tiny_model, n_ctx=256, n_threads=n_threads, kv_mixed="hot=32,group=8,sink=2") as context:
+            context.decode(tokens[:100], logits="all")
+            rows.append(context.logits.copy())
+            for token in tokens[100:]:
+                context.decode([token])
+                rows.append(context.logits.copy())
+            assert context.stats.n_migrations > 5
+        return np.concatenate(rows)
+
+    np.testing.assert_array_equal(logits(n_threads), logits(1))

@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 
+from .attention_cases import COARSE, Case
 from .rows import GRIDS, quantise
 
 F32 = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}
@@ -49,17 +50,35 @@ def flips(kv_type: str) -> float:
     return 4 * np.sqrt(12 * 2 * F32_ERROR / STEP[kv_type])
 
 
-# The fused kernel rounds a value of the query to one of 127 steps to the largest of its block, where K has values of 4
+# The fused kernel may round a value of the query to one of 127 steps to the largest of its block, where K has values of 4
 # or 5 bits. Relative to the size of the values, the largest are alike: the query's rounding changes scores by the ratio
 # of the steps times what K's does. Twice that is for single tokens that see more cold rows than the average, and for
 # later layers.
 QUERY = 2.5 / 127
 
 
-def allowance(attn: str, cold_k: str = "q4_0", head_size: int = 64) -> float:
-    """How much of the effect of storing K in a type the rounding of queries may add."""
-    rounded = attn == "fused" and cold_k in ("q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1") and head_size % 64 == 0
-    return 2 * QUERY / STEP[cold_k] if rounded else 0.0
+# Where it multiplies in BF16 it rounds both values of a product by 0.41 * 2**-8 of themselves on the average.
+BF16 = 0.41 * np.sqrt(2) * 2**-8
+
+
+def allowance_k(attn: str, cold_k: str, head_size: int = 64) -> float:
+    """How much of the effect of storing K in a type the kernel may add, whether query rows are few or many."""
+    if attn != "fused":
+        return 0.0
+    many, _ = Case(cold_k=cold_k, n_tokens=40).products(None)
+    by_query = 2 * QUERY / STEP[cold_k] if many == "int" or (cold_k in COARSE and head_size % 64 == 0) else 0.0
+    return max(by_query, 2 * BF16 * np.sqrt(12) / STEP[cold_k] if many == "bf16" else 0.0)
+
+
+def allowance_v(attn: str, cold_v: str) -> float:
+    """The same for V."""
+    _, many = Case(cold_v=cold_v, n_tokens=40).products(None)
+    return 2 * BF16 * np.sqrt(12) / STEP[cold_v] if attn == "fused" and many == "bf16" else 0.0
+
+
+def allowance(attn: str, cold: str = "q4_0", head_size: int = 64) -> float:
+    """The same for both, whose effects are independent."""
+    return max(allowance_k(attn, cold, head_size), allowance_v(attn, cold))
 
 
 def rms(x: np.ndarray) -> float:

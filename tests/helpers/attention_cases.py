@@ -25,6 +25,14 @@ BLOCK = 32
 MAX_ROWS_DIRECT = 16  # query rows (query heads to a KV head, times tokens) up to which rows are used as they are stored
 MAX_ROWS = 128
 
+# With more query rows than that, rows of these types are rounded, or what they meet is, where the processor has fast products
+# for that: of bytes and of BF16.
+COARSE = ("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
+PRODUCTS = {
+    "amx": ("bf16", "bf16"), "avx512bf16": ("int", "bf16"), "avx512": ("int", "float"), "avx2": ("int", "float"),
+    "dotprod": ("int", "float"),
+}  # fmt: skip
+
 AXES: dict[str, tuple[Any, ...]] = {
     "cold_k": tuple(FORMATS),
     "cold_v": tuple(FORMATS),
@@ -85,6 +93,14 @@ class Case:
     @property
     def direct(self) -> bool:
         return self.n_gqa * self.n_tokens <= MAX_ROWS_DIRECT
+
+    def products(self, isa: str | None) -> tuple[str, str]:
+        """How many query rows are multiplied with cold rows of K, and their weights with those of V."""
+        name = (isa or ISAS[0]).removeprefix("emulated ")
+        k, v = PRODUCTS.get(name, ("float", "float"))
+        if self.cold_k not in COARSE or (name == "avx2" and self.cold_k == "iq4_nl"):
+            k = "float"
+        return ("float", "float") if self.direct else (k, v if self.cold_v in COARSE else "float")
 
     @property
     def cost(self) -> int:

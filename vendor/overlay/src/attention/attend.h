@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/gemm.h"
+#include "attention/products.h"
 #include "attention/softmax.h"
 #include "attention/workspace.h"
 #include "formats/table.h"
@@ -97,7 +98,15 @@ struct kv_tile {
     tile v;
 
     const uint8_t * mean; // of K, F16 [n_embd_k]; null: rows are stored as they are
+
+    const llama_kv_mixed_products * products; // in BF16; null: there are none
 };
+
+void load_mean(const kv_tile & kv, int64_t n_embd, float * dst) {
+    for (int64_t i = 0; i < n_embd; i += V_LEN) {
+        v_store(dst + i, v_load_f16(kv.mean + 2*i));
+    }
+}
 
 // rows of K as floats, with their mean
 void expand_k(const attn_args & a, const attn_plan & p, const workspace & w, const kv_tile & kv) {
@@ -128,8 +137,8 @@ void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64
     const bool is_direct = kv.format_k.dot && a.n_embd_k % BLOCK == 0;
     const bool add_mean  = kv.mean && is_direct;
 
-    for (int64_t i = 0; add_mean && i < a.n_embd_k; i += V_LEN) {
-        v_store(w.mean + i, v_load_f16(kv.mean + 2*i));
+    if (add_mean) {
+        load_mean(kv, a.n_embd_k, w.mean);
     }
 
     llama_kv_mixed_dot dot = { n_rows, a.n_embd_k, w.Q, p.ld_k, w.query, k, (uint8_t *) w.K, w.S };
@@ -163,46 +172,96 @@ void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64
     }
 }
 
+// how scores of many query rows are computed
+enum score_kind : uint8_t {
+    SCORE_FLOAT,
+    SCORE_BF16, // where the processor has fast products of matrices
+    SCORE_INT,  // where the format has them
+};
+
+V_INLINE score_kind get_score_kind(const llama_kv_mixed_format & format, const llama_kv_mixed_products * products, int64_t n_embd) {
+    if (products && products->scores && format.is_coarse) {
+        return SCORE_BF16;
+    }
+    return format.scores && n_embd % BLOCK == 0 ? SCORE_INT : SCORE_FLOAT;
+}
+
 // many query rows
 void attend_gemm(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows, int64_t n_tokens, const kv_tile & kv, const mask_kind * kind) {
+    (void) n_tokens;
+
     const tile & k = kv.k;
     const tile & v = kv.v;
 
+    const auto * products = kv.products;
+
+    const auto score  = get_score_kind(kv.format_k, products, a.n_embd_k);
+    const bool v_bf16 = products && kv.format_v.is_coarse;
+
+    // coarse rows stay as they are, less their mean, as with few query rows
+    const bool add_mean = kv.mean && score != SCORE_FLOAT;
+    if (add_mean) {
+        load_mean(kv, a.n_embd_k, w.mean);
+    }
+
     // cells behind the last one: finite, and masked
-    expand_k(a, p, w, kv);
-    memset(w.K + k.n*p.ld_k, 0, (TILE - k.n)*p.ld_k*sizeof(float));
-    transpose(w.K, p.ld_k, p.ld_k, w.KT);
+    if (score == SCORE_INT) {
+        kv.format_k.load_tile(k, (uint8_t *) w.K, w.KT);
+    } else {
+        if (add_mean) {
+            expand(kv.format_k, k, a.n_embd_k, w.K, p.ld_k);
+        } else {
+            expand_k(a, p, w, kv);
+        }
+        memset(w.K + k.n*p.ld_k, 0, (TILE - k.n)*p.ld_k*sizeof(float));
+        if (score == SCORE_BF16) {
+            products->load_k(w.K, p.ld_k, (uint32_t *) w.KT);
+        } else {
+            transpose(w.K, p.ld_k, p.ld_k, w.KT);
+        }
+    }
 
     expand(kv.format_v, v, a.n_embd_v, w.V, p.ld_v);
     memset(w.V + v.n*p.ld_v, 0, (TILE - v.n)*p.ld_v*sizeof(float));
+    if (v_bf16) {
+        products->load_v(w.V, p.ld_v);
+    }
 
-    const int64_t step = ROWS >= p.n_gqa ? ROWS/p.n_gqa : 1; // tokens
+    const int64_t step = score == SCORE_BF16 || v_bf16 ? 2*LLAMA_KV_MIXED_PRODUCT_ROWS : ROWS;
 
-    for (int64_t t0 = 0; t0 < n_tokens; t0 += step) {
-        const int64_t t1 = t0 + step < n_tokens ? t0 + step : n_tokens;
+    for (int64_t r0 = 0; r0 < n_rows; r0 += step) {
+        const int64_t n = n_rows - r0 < step ? n_rows - r0 : step;
 
         bool all = true;
-        for (int64_t t = t0; t < t1; ++t) {
+        for (int64_t t = r0/p.n_gqa; t <= (r0 + n - 1)/p.n_gqa; ++t) {
             all &= kind[t] == MASK_ALL;
         }
         if (all) {
             continue;
         }
 
-        const int64_t r1 = t1*p.n_gqa < n_rows ? t1*p.n_gqa : n_rows;
-        for (int64_t r0 = t0*p.n_gqa; r0 < r1; r0 += ROWS) {
-            const int64_t n = r1 - r0 < ROWS ? r1 - r0 : ROWS;
-
+        if (score == SCORE_INT) {
+            kv.format_k.scores(w.query, p.n_rows, r0, n, w.KT, k.n, a.n_embd_k, w.S);
+        } else if (score == SCORE_BF16) {
+            products->scores((const uint32_t *) w.query + r0*p.ld_k/2, (const uint32_t *) w.KT, n, p.ld_k, k.n, w.S);
+        } else {
             gemm<false>(n, TILE, p.ld_k, w.Q + r0*p.ld_k, p.ld_k, w.KT, TILE, w.S, TILE);
+        }
 
-            for (int64_t i = 0; i < n; ++i) {
-                const int64_t r = r0 + i;
-                const int64_t t = r/p.n_gqa;
-                softmax_row(w.S + i*TILE, k.n, 0.0f, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, w.slope[r % p.n_gqa],
-                    a.logit_softcap, w.O + r*p.ld_v, p.ld_v, w.m[r], w.s + r*V_LEN);
-            }
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t r = r0 + i;
+            const int64_t t = r/p.n_gqa;
+            const float add = add_mean ? dot_floats(w.Q + r*p.ld_k, w.mean, a.n_embd_k) : 0.0f;
+            softmax_row(w.S + i*TILE, k.n, add, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, w.slope[r % p.n_gqa],
+                a.logit_softcap, w.O + r*p.ld_v, p.ld_v, w.m[r], w.s + r*V_LEN);
+        }
 
-            gemm<true>(n, p.ld_v, TILE, w.S, TILE, w.V, p.ld_v, w.O + r0*p.ld_v, p.ld_v);
+        float * O = w.O + r0*p.ld_v;
+        if (v_bf16) {
+            products->load_p(w.S, n);
+            products->outputs((const uint32_t *) w.S, (const uint32_t *) w.V, n, p.ld_v, k.n, O);
+        } else {
+            gemm<true>(n, p.ld_v, TILE, w.S, TILE, w.V, p.ld_v, O, p.ld_v);
         }
     }
 }

@@ -17,7 +17,18 @@ enum mask_kind : uint8_t {
     MASK_ALL,  // no cell counts
 };
 
-// a token's mask over n cells, as TILE floats: -inf beyond them
+// whether n bytes, a multiple of 8, are the same eight over and over
+V_INLINE bool is_all(const uint8_t * x, int64_t n, uint64_t value) {
+    uint64_t other = 0;
+    for (int64_t i = 0; i < n; i += 8) {
+        uint64_t y;
+        memcpy(&y, x + i, sizeof(y));
+        other |= y ^ value;
+    }
+    return other == 0;
+}
+
+// a token's mask over n cells; dst is left as it is for MASK_NONE. Else, as TILE floats: -inf beyond them
 V_INLINE mask_kind load_mask(const attn_args & a, int64_t stream, int64_t token, int64_t cell, int n, float * dst) {
     const float inf = INFINITY;
 
@@ -32,7 +43,18 @@ V_INLINE mask_kind load_mask(const attn_args & a, int64_t stream, int64_t token,
         return MASK_NONE;
     }
 
+    const int64_t nb = a.mask_f16 ? 2 : 4;
+
     const uint8_t * x = (const uint8_t *) a.mask + token*a.nb_mask[0] + stream*a.nb_mask[1];
+
+    // of the next cells: rows of a mask are far from each other
+    for (int64_t i = 0; n == TILE && i < TILE*nb; i += 64) {
+        prefetch(x + (cell + TILE)*nb + i);
+    }
+
+    if (n == TILE && is_all(x + cell*nb, TILE*nb, 0)) {
+        return MASK_NONE;
+    }
 
     if (n == TILE) {
         vf lo = v_set( inf);

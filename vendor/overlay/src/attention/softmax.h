@@ -30,10 +30,14 @@ V_INLINE float softmax_row(float * S, int n, float add, const float * mask, floa
     constexpr int N_VEC = TILE/V_LEN;
     vf x[N_VEC];
 
+    // what is added to all scores can be added to their maximum instead
+    const bool  add_first = softcap != 0.0f && add != 0.0f;
+    const float add_last  = add_first ? 0.0f : add;
+
 KVM_UNROLL
     for (int i = 0; i < N_VEC; ++i) {
         x[i] = v_load(S + i*V_LEN);
-        if (add != 0.0f) {
+        if (add_first) {
             x[i] = v_add(x[i], v_set(add));
         }
         if (softcap != 0.0f) {
@@ -51,7 +55,7 @@ KVM_UNROLL
         most = v_max(most, x[i]);
     }
 
-    const float m_tile = v_hmax(most);
+    const float m_tile = v_hmax(most) + add_last;
     if (m_tile == -INFINITY) { // nothing counts: the weights are 0, not e^(inf - inf)
         memset(S, 0, TILE*sizeof(float));
         return 0.0f;
@@ -69,7 +73,7 @@ KVM_UNROLL
         m = m_tile;
     }
 
-    const vf base = v_set(m);
+    const vf base = v_set(m - add_last);
 KVM_UNROLL
     for (int i = 0; i < N_VEC; ++i) {
         const vf w = v_exp(v_sub(x[i], base));

@@ -27,7 +27,7 @@ V_INLINE void finish_row(const attn_args & a, int64_t head, const float * O, flo
 
 // the query rows of a task, scaled, as they meet a segment
 void load_query(const attn_args & a, const attn_plan & p, const workspace & w, int64_t ikv, int64_t stream, int64_t token0,
-        int64_t n_rows, int i_seg) {
+        int64_t n_rows, int i_seg, const llama_kv_mixed_products * products) {
     const auto & format = get_format(a.seg[i_seg].type_k);
 
     // ggml divides the scale, then multiplies what tanh gives
@@ -48,6 +48,12 @@ void load_query(const attn_args & a, const attn_plan & p, const workspace & w, i
         if (format.load_query && !p.gemm) {
             format.load_query(dst, a.n_embd_k, w.query, r, n_rows);
         }
+    }
+    const auto score = p.gemm ? get_score_kind(format, products, a.n_embd_k) : SCORE_FLOAT;
+    if (score == SCORE_BF16) {
+        products->load_q(w.Q, n_rows, p.ld_k, (uint32_t *) w.query);
+    } else if (score == SCORE_INT) {
+        load_query_int(w.Q, n_rows, a.n_embd_k, int_query(w.query, p.n_rows, a.n_embd_k));
     }
 }
 
@@ -75,7 +81,8 @@ struct place {
         stream(task*p.n_hpt / a.n_head_kv / p.n_chunk / p.n_block) {}
 };
 
-void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t task_next, float * partial, float * scratch) {
+void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t task_next, float * partial, float * scratch,
+        const llama_kv_mixed_products * products) {
     const auto [ikv0, chunk, block, stream] = place(a, p, task);
     const place after(a, p, task_next);
 
@@ -149,7 +156,7 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
                 }
                 const int32_t query = (int32_t) (2*(part0 + h) + i);
                 if (*w.kept != query) {
-                    load_query(a, p, w, ikv0 + h, stream, token0, n_rows, i);
+                    load_query(a, p, w, ikv0 + h, stream, token0, n_rows, i, products);
                     *w.kept = query;
                 }
             }
@@ -180,7 +187,7 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
                 }
 
                 attend_tile(a, p, workspace_of(h), n_rows, n_tokens,
-                    { get_format(seg.type_k), get_format(seg.type_v), get_tile(false), get_tile(true), mean }, kind);
+                    { get_format(seg.type_k), get_format(seg.type_v), get_tile(false), get_tile(true), mean, products }, kind);
             }
         }
 
@@ -199,7 +206,14 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
         }
     }
 
+    alignas(64) uint8_t state[64];
+    if (p.gemm && products) {
+        products->begin(state);
+    }
     walk(0, p.n_hpt, p.gemm ? attend_gemm : attend);
+    if (p.gemm && products) {
+        products->end(state);
+    }
 
     for (int64_t h = 0; h < p.n_hpt; ++h) {
         const workspace w = workspace_of(h);
@@ -225,6 +239,12 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
             finish_row(a, head, w.O + r*p.ld_v, w.m[r], v_hsum(v_load(w.s + r*V_LEN)), dst);
         }
     }
+}
+
+// with products in BF16, null: without
+template <const llama_kv_mixed_products * products>
+void attn_task_of(const attn_args & a, const attn_plan & p, int64_t task, int64_t task_next, float * partial, float * scratch) {
+    attn_task(a, p, task, task_next, partial, scratch, products);
 }
 
 void attn_merge(const attn_args & a, const attn_plan & p, const float * partial, int64_t row0, int64_t row1) {

@@ -1,6 +1,7 @@
 #include "attention/workspace.h"
 
 #include "attention/attention.h"
+#include "attention/products.h"
 
 llama_kv_mixed_attn_layout llama_kv_mixed_attn_make_layout(const llama_kv_mixed_attn_plan & plan, int64_t size_query) {
     llama_kv_mixed_attn_layout res = {};
@@ -16,13 +17,16 @@ llama_kv_mixed_attn_layout llama_kv_mixed_attn_make_layout(const llama_kv_mixed_
 
     constexpr int64_t tile = LLAMA_KV_MIXED_TILE;
 
-    const int64_t n_query_form = p.gemm ? 0 : (p.n_rows*(p.ld_k + 63)/64*size_query + sizeof(float) - 1)/sizeof(float);
+    // where products of matrices are in BF16 rows come in groups, of which some may be left over
+    const int64_t n_rows = (p.n_rows + LLAMA_KV_MIXED_PRODUCT_ROWS - 1)/LLAMA_KV_MIXED_PRODUCT_ROWS*LLAMA_KV_MIXED_PRODUCT_ROWS;
+
+    const int64_t n_query_form = p.gemm ? n_rows*p.ld_k/2 : (p.n_rows*(p.ld_k + 63)/64*size_query + sizeof(float) - 1)/sizeof(float);
 
     res.kept  = take(1, p.n_query);
     res.Q     = take(p.n_rows*p.ld_k, p.n_query);
     res.query = take(n_query_form, p.n_query);
 
-    res.O     = take(p.n_rows*p.ld_v, p.n_hpt);
+    res.O     = take((p.gemm ? n_rows : p.n_rows)*p.ld_v, p.n_hpt);
     res.m     = take(p.n_rows, p.n_hpt);
     res.s     = take(p.n_rows*LLAMA_KV_MIXED_MAX_LANES, p.n_hpt);
     res.slope = take(p.n_gqa, p.n_hpt);

@@ -10,8 +10,10 @@
 
 namespace {
 
+// products: in BF16, where the processor has instructions for them
+template <const llama_kv_mixed_products * products = nullptr>
 constexpr llama_kv_mixed_isa make_isa(const char * name) {
-    return { name, formats, sizeof(formats)/sizeof(formats[0]), quantize_row, mean_rows, attn_task, attn_merge };
+    return { name, formats, sizeof(formats)/sizeof(formats[0]), quantize_row, mean_rows, attn_task_of<products>, attn_merge };
 }
 
 } // namespace

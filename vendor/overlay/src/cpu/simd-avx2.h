@@ -11,6 +11,9 @@ constexpr int V_ROWS_DOT  = 3;
 constexpr int V_ROWS_ACC  = 3;
 constexpr int V_GEMM_ROWS = 6;
 constexpr int V_GEMM_VECS = 2;
+constexpr int V_ROWS_INT  = 3;
+constexpr bool V_FAST_DOT  = true;
+constexpr bool V_FAST_DOT8 = false;
 
 using vf = __m256;
 using vi = __m256i;

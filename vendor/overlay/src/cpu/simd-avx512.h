@@ -11,6 +11,9 @@ constexpr int V_ROWS_DOT  = 4;
 constexpr int V_ROWS_ACC  = 8;
 constexpr int V_GEMM_ROWS = 6;
 constexpr int V_GEMM_VECS = 4;
+constexpr int V_ROWS_INT  = 5;
+constexpr bool V_FAST_DOT  = true;
+constexpr bool V_FAST_DOT8 = true;
 
 using vf = __m512;
 using vi = __m512i;

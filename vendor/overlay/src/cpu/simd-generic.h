@@ -9,6 +9,9 @@ constexpr int V_ROWS_DOT  = 2;
 constexpr int V_ROWS_ACC  = 2;
 constexpr int V_GEMM_ROWS = 4;
 constexpr int V_GEMM_VECS = 2;
+constexpr int V_ROWS_INT  = 1;
+constexpr bool V_FAST_DOT  = false;
+constexpr bool V_FAST_DOT8 = false;
 
 struct vf { float   v[V_LEN]; };
 struct vi { uint8_t v[V_LEN][4]; };

@@ -11,6 +11,13 @@ constexpr int V_ROWS_DOT  = 4;
 constexpr int V_ROWS_ACC  = 3;
 constexpr int V_GEMM_ROWS = 6;
 constexpr int V_GEMM_VECS = 4;
+constexpr int V_ROWS_INT  = 4;
+#if defined(__ARM_FEATURE_DOTPROD)
+constexpr bool V_FAST_DOT  = true;
+#else
+constexpr bool V_FAST_DOT  = false;
+#endif
+constexpr bool V_FAST_DOT8 = V_FAST_DOT;
 
 using vf = float32x4_t;
 using vi = uint8x16_t;

@@ -202,7 +202,7 @@ KVM_UNROLL
 
 template <class row>
 constexpr llama_kv_mixed_format make_float_format(const char * name, ggml_type type, decltype(llama_kv_mixed_format::quantize) quantize) {
-    return { name, type, load_float<row>, quantize, expand_float<row>, dot_float<row>, acc_float<row>, 0, nullptr };
+    return { name, type, load_float<row>, quantize, expand_float<row>, dot_float<row>, acc_float<row>, 0, nullptr, nullptr, nullptr, false };
 }
 
 //

@@ -94,4 +94,13 @@ struct llama_kv_mixed_format {
     // writes row r of n_rows; 0, null: there is no such form
     int64_t size_query;
     void (*load_query)(const float * Q, int64_t n_embd, void * dst, int64_t r, int64_t n_rows);
+
+    // many query rows meet K in whole numbers, see int-gemm.h; null: they are multiplied as floats
+    // load_tile: a tile of K to room; spare: room for its bytes
+    // scores: S [n_rows][LLAMA_KV_MIXED_TILE] of n cells and the query rows from r0 on, of n_query that load_query_int() left in query
+    void (*load_tile)(const llama_kv_mixed_tile & k, uint8_t * spare, void * room);
+    void (*scores)(void * query, int64_t n_query, int64_t r0, int64_t n_rows, void * room, int n, int64_t n_embd, float * S);
+
+    // whether values are so coarse that products of matrices may round them to BF16, see attention/products.h
+    bool is_coarse;
 };

@@ -12,17 +12,20 @@
 #include "formats/float.h"
 #include "formats/int-acc.h"
 #include "formats/int-dot.h"
+#include "formats/int-gemm.h"
 
 namespace {
 
 // sums of products of bytes with those of a query
 struct sum_u8 { // see v_dot()
+    static constexpr bool fast = V_FAST_DOT;
     va s;
     V_INLINE void clear()                  { s = v_dot_zero(); }
     V_INLINE void add(vi x, int32_t query) { s = v_dot(s, x, query); }
     V_INLINE vi   value() const            { return v_dot_int(s); }
 };
 struct sum_i8 { // of any, to which V_DOT8_BIAS has been added
+    static constexpr bool fast = V_FAST_DOT8;
     vi s;
     V_INLINE void clear()                  { s = v_izero(); }
     V_INLINE void add(vi x, int32_t query) { s = v_dot8(s, x, query); }
@@ -68,6 +71,14 @@ KVM_UNROLL
     }
     sum = v_ihsum(total);
     return amax/127.0f;
+}
+
+// all of a task's queries, for products of many
+void load_query_int(const float * Q, int64_t n_rows, int64_t n_embd, const int_query & dst) {
+    for (int64_t i = 0; i < n_rows*n_embd/BLOCK; ++i) {
+        int8_t * y = (int8_t *) dst.words + i*BLOCK;
+        dst.d[i] = quantize_query(Q + i*BLOCK, y, y + BLOCK/2, dst.sum[i]);
+    }
 }
 
 // see llama_kv_mixed_format
@@ -184,7 +195,12 @@ KVM_UNROLL
 
 template <class row>
 constexpr llama_kv_mixed_format make_nibble_format(const char * name, ggml_type type, decltype(llama_kv_mixed_format::quantize) quantize) {
-    return { name, type, nullptr, quantize, expand_float<row>, dot_int<row>, acc_int<row>, sizeof(typename row::query), load_query_nibbles<row> };
+    constexpr auto load_tile = row::sum::fast ? load_tile_int<row> : nullptr;
+    constexpr auto scores    = row::sum::fast ? scores_int<row>    : nullptr;
+    return {
+        name, type, nullptr, quantize, expand_float<row>, dot_int<row>, acc_int<row>, sizeof(typename row::query), load_query_nibbles<row>,
+        load_tile, scores, true,
+    };
 }
 
 } // namespace

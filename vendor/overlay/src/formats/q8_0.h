@@ -144,7 +144,7 @@ KVM_UNROLL
 
 constexpr llama_kv_mixed_format format_q8_0 = {
     "q8_0", GGML_TYPE_Q8_0, nullptr, quantize_q8_0, expand_float<row_q8_0>, dot_int<row_q8_0>, acc_int<row_q8_0>,
-    sizeof(row_q8_0::query), load_query_q8_0,
+    sizeof(row_q8_0::query), load_query_q8_0, nullptr, nullptr, false,
 };
 
 } // namespace
