@@ -142,16 +142,17 @@ def test_the_usual_texts_and_caches(capsys: pytest.CaptureFixture, cache: Path, 
 
 
 def test_ablations_and_a_reference(capsys: pytest.CaptureFixture, tiny_model_path: Path, text_path: Path) -> None:
+    spec = "hot=160,group=16"  # a window that is much of what positions see: its effect is not one of chance
     code, out, err = run(
-        capsys, "-m", tiny_model_path, "-f", text_path, *SMALL, "--kv-mixed", MIXED, "--ablate", "--reference", "f32",
+        capsys, "-m", tiny_model_path, "-f", text_path, *SMALL, "--kv-mixed", spec, "--ablate", "--reference", "f32",
         "-o", "jsonl", "--no-keep",
     )  # fmt: skip
     assert code == 0
-    decode = {r["cache"].removeprefix(f"mixed {MIXED}"): r for r in map(json.loads, out.splitlines())}
+    decode = {r["cache"].removeprefix(f"mixed {spec}"): r for r in map(json.loads, out.splitlines())}
     kld = {name: r["kld_mean"] for name, r in decode.items()}
     assert list(kld)[:4] == ["f32", "f32 again", "f16", ""]
-    assert kld["f32 again"] < kld["f16"] < kld[", cold=q8_0"] < kld[""]
-    assert kld[", no window"] > kld[""]
+    assert kld["f32 again"] < min(kld["f16"], kld[", cold=q8_0"])
+    assert max(kld["f16"], kld[", cold=q8_0"]) < kld[""] < kld[", no window"], kld
     assert {r["role"] for name, r in decode.items() if name.startswith(", ")} == {"ablation"}
     assert [name for name, r in decode.items() if not r["rotation"]] == [", no rotation"]
     assert decode[", no window"]["kv_bytes"] < decode[""]["kv_bytes"]
