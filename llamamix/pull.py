@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -222,13 +222,23 @@ def _open_member(archive: Path, part: Part) -> Iterator[IO[bytes]]:
 
 def _sha256(path: Path, what: str, progress: Progress) -> str:
     progress.begin(what, path.stat().st_size)
+    return sha256_of_file(path, progress.advance_to)
+
+
+def sha256_of_file(path: Path, advance_to: Callable[[int], object]) -> str:
+    """The SHA-256 of a file, as hexadecimal digits. Raises OSError.
+
+    Args:
+        path: The file.
+        advance_to: Is told the bytes that have been read, again and again.
+    """
     digest = hashlib.sha256()
     n_bytes = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             n_bytes += len(chunk)
-            progress.advance_to(n_bytes)
+            advance_to(n_bytes)
     return digest.hexdigest()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,9 +14,8 @@ import numpy as np
 from ._ffi import error_lines, ffi, lib
 from .errors import ModelError, ParamsError
 from .gguf_file import GgufFile, check_file, path_bytes
-from .pull import models_dir
+from .pull import models_dir, sha256_of_file
 
-_CHUNK = 1 << 20
 _SOURCE = "llamamix.expanded_from"  # metadata of an expanded file: the SHA-256 of the one that it was made of
 _FILE_TYPE = "general.file_type"
 
@@ -34,15 +32,12 @@ Progress = Callable[[str, int, int], None]
 def sha256_of(path: Path, progress: Progress | None = None) -> str:
     """The SHA-256 of a file, as hexadecimal digits. Raises OSError."""
     size = path.stat().st_size
-    digest = hashlib.sha256()
-    n_bytes = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            n_bytes += len(chunk)
-            if progress is not None:
-                progress(f"checking {path.name}", n_bytes, size)
-    return digest.hexdigest()
+
+    def advance_to(n_bytes: int) -> None:
+        if progress is not None:
+            progress(f"checking {path.name}", n_bytes, size)
+
+    return sha256_of_file(path, advance_to)
 
 
 def check_type(weights: str) -> str:

@@ -7,10 +7,6 @@
 
 namespace {
 
-constexpr int PRODUCT_ROWS = LLAMA_KV_MIXED_PRODUCT_ROWS;
-
-V_INLINE int64_t pad_rows(int64_t n) { return (n + PRODUCT_ROWS - 1)/PRODUCT_ROWS*PRODUCT_ROWS; }
-
 // 32 numbers side by side
 V_INLINE vi words_of_row(vf a, vf b) { return (vi) _mm512_cvtne2ps_pbh(b, a); }
 
@@ -26,7 +22,7 @@ void load_q_bf16(const float * Q, int64_t n_rows, int64_t ld, uint32_t * dst) {
     for (int64_t i = 0; i < n; i += 2*V_LEN) {
         v_istore(dst + i/2, words_of_row(v_load(Q + i), v_load(Q + i + V_LEN)));
     }
-    memset(dst + n/2, 0, (pad_rows(n_rows)*ld - n)/2*sizeof(uint32_t));
+    memset(dst + n/2, 0, (llama_kv_mixed_product_pad(n_rows)*ld - n)/2*sizeof(uint32_t));
 }
 
 // 16 rows of 16 words, turned round
@@ -87,7 +83,7 @@ void load_p_bf16(float * P, int64_t n_rows) {
             v_istore(dst + i/2, words_of_row(v_load(P + i), v_load(P + i + V_LEN)));
         }
     }
-    memset(dst, 0, (pad_rows(n_rows) - n_rows)*TILE/2*sizeof(float));
+    memset(dst, 0, (llama_kv_mixed_product_pad(n_rows) - n_rows)*TILE/2*sizeof(float));
 }
 
 } // namespace

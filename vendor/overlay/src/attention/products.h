@@ -12,6 +12,10 @@
 
 #define LLAMA_KV_MIXED_PRODUCT_ROWS 16 // rows of Q, P, S and O come in groups of so many, padded
 
+static inline int64_t llama_kv_mixed_product_pad(int64_t n_rows) {
+    return (n_rows + LLAMA_KV_MIXED_PRODUCT_ROWS - 1)/LLAMA_KV_MIXED_PRODUCT_ROWS*LLAMA_KV_MIXED_PRODUCT_ROWS;
+}
+
 // ld: of rows, a multiple of 32; "cells": LLAMA_KV_MIXED_TILE; n: cells that count
 struct llama_kv_mixed_products {
     // around a thread's work; state: 64 bytes that are the thread's own until end()

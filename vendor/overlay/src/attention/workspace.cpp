@@ -18,7 +18,7 @@ llama_kv_mixed_attn_layout llama_kv_mixed_attn_make_layout(const llama_kv_mixed_
     constexpr int64_t tile = LLAMA_KV_MIXED_TILE;
 
     // where products of matrices are in BF16 rows come in groups, of which some may be left over
-    const int64_t n_rows = (p.n_rows + LLAMA_KV_MIXED_PRODUCT_ROWS - 1)/LLAMA_KV_MIXED_PRODUCT_ROWS*LLAMA_KV_MIXED_PRODUCT_ROWS;
+    const int64_t n_rows = llama_kv_mixed_product_pad(p.n_rows);
 
     const int64_t n_query_form = p.gemm ? n_rows*p.ld_k/2 : (p.n_rows*(p.ld_k + 63)/64*size_query + sizeof(float) - 1)/sizeof(float);
 
