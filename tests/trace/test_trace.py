@@ -265,22 +265,37 @@ def test_a_ring_that_overflows_while_it_is_read(make_context: Callable[..., Cont
     """Every record is read once, in order, or counted as lost."""
     context = make_context(kv_mixed="hot=8,group=2,sink=0", n_ctx=2048)
     events: list[Event] = []
-    lost, done = [0], threading.Event()
+    full, drained, done = threading.Event(), threading.Event(), threading.Event()
+    lost, n_calls = [0], 0
 
     def read() -> None:
+        full.wait(60)
         while not done.is_set():
             events.extend(trace.read())
             lost.append(trace.n_dropped)
+            drained.set()
+
+    def wait_for_drain() -> bool:
+        """The ring overflows before anybody reads it, and is read within the decode, whatever the threads' speeds."""
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls % 500 == 0:
+            drained.clear()
+            full.set()
+            assert drained.wait(60)
+        return False
 
     with Trace(context, n_max=3) as trace:
         thread = threading.Thread(target=read)
         thread.start()
+        context.set_abort_callback(wait_for_drain)
         context.decode(tokens(1500))  # n_batch is 2048: one call
         done.set()
         thread.join()
         events += trace.read()
         lost.append(trace.n_dropped)
         n_migrations = context.stats.n_migrations
+    assert n_calls >= 1000
     ids = [e.id for e in events]
     assert ids == sorted(set(ids)) and lost == sorted(lost)
     assert len(ids) + lost[-1] == ids[-1] + 1
