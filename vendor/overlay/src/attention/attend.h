@@ -120,12 +120,44 @@ void expand_k(const attn_args & a, const attn_plan & p, const workspace & w, con
     }
 }
 
-V_INLINE float dot_floats(const float * x, const float * y, int64_t n) {
-    vf sum = v_zero();
-    for (int64_t i = 0; i < n; i += V_LEN) {
-        sum = v_fma(v_load(x + i), v_load(y + i), sum);
+// res[r] = Q[r] . mean
+V_INLINE void dot_mean(const float * Q, int64_t ld, int64_t n_rows, const float * mean, int64_t n_embd, float * res) {
+    for (int64_t r = 0; r < n_rows; r += 4) {
+        const float * q[4];
+        vf sum[4];
+KVM_UNROLL
+        for (int p = 0; p < 4; ++p) {
+            q[p]   = Q + (r + p < n_rows ? r + p : n_rows - 1)*ld;
+            sum[p] = v_zero();
+        }
+        for (int64_t i = 0; i < n_embd; i += V_LEN) {
+            const vf x = v_load(mean + i);
+KVM_UNROLL
+            for (int p = 0; p < 4; ++p) {
+                sum[p] = v_fma(v_load(q[p] + i), x, sum[p]);
+            }
+        }
+        v_hsum4(res + r, sum[0], sum[1], sum[2], sum[3]);
     }
-    return v_hsum(sum);
+}
+
+// Scores S [n_rows][TILE] of the query rows from r0 on to weights; add_mean: what the mean adds is not in them yet; pmax: see
+// llama_kv_mixed_acc, null: nobody wants it
+V_INLINE void scores_to_weights(const attn_args & a, const attn_plan & p, const workspace & w, int64_t r0, int64_t n_rows, int n,
+        bool add_mean, const mask_kind * kind, float * pmax) {
+    float add[ROWS + 3] = {};
+    if (add_mean) {
+        dot_mean(w.Q + r0*p.ld_k, p.ld_k, n_rows, w.mean, a.n_embd_k, add);
+    }
+    for (int64_t i = 0; i < n_rows; ++i) {
+        const int64_t r = r0 + i;
+        const int64_t t = r/p.n_gqa;
+        const float most = softmax_row(w.S + i*TILE, n, add[i], kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, w.slope[r % p.n_gqa],
+            a.logit_softcap, w.O + r*p.ld_v, p.ld_v, w.m[r], w.s + r*V_LEN);
+        if (pmax) {
+            pmax[i] = most;
+        }
+    }
 }
 
 // few query rows
@@ -155,12 +187,7 @@ void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64
         masked |= kind[t] != MASK_NONE;
     }
 
-    for (int64_t r = 0; r < n_rows; ++r) {
-        const int64_t t = r/p.n_gqa;
-        const float add = add_mean ? dot_floats(w.Q + r*p.ld_k, w.mean, a.n_embd_k) : 0.0f;
-        w.pmax[r] = softmax_row(w.S + r*TILE, k.n, add, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, w.slope[r % p.n_gqa],
-            a.logit_softcap, w.O + r*p.ld_v, p.ld_v, w.m[r], w.s + r*V_LEN);
-    }
+    scores_to_weights(a, p, w, 0, n_rows, k.n, add_mean, kind, w.pmax);
 
     llama_kv_mixed_acc acc = { n_rows, w.S, w.pmax, masked, v, w.O, p.ld_v };
     if (kv.format_v.acc && a.n_embd_v % BLOCK == 0) {
@@ -248,13 +275,7 @@ void attend_gemm(const attn_args & a, const attn_plan & p, const workspace & w, 
             gemm<false>(n, TILE, p.ld_k, w.Q + r0*p.ld_k, p.ld_k, w.KT, TILE, w.S, TILE);
         }
 
-        for (int64_t i = 0; i < n; ++i) {
-            const int64_t r = r0 + i;
-            const int64_t t = r/p.n_gqa;
-            const float add = add_mean ? dot_floats(w.Q + r*p.ld_k, w.mean, a.n_embd_k) : 0.0f;
-            softmax_row(w.S + i*TILE, k.n, add, kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, w.slope[r % p.n_gqa],
-                a.logit_softcap, w.O + r*p.ld_v, p.ld_v, w.m[r], w.s + r*V_LEN);
-        }
+        scores_to_weights(a, p, w, r0, n, k.n, add_mean, kind, nullptr);
 
         float * O = w.O + r0*p.ld_v;
         if (v_bf16) {

@@ -12,9 +12,10 @@ V_INLINE vi words_of_row(vf a, vf b) { return (vi) _mm512_cvtne2ps_pbh(b, a); }
 
 // 16 numbers of a row, and those below them
 V_INLINE vi words_of_rows(vf a, vf b) {
-    const vi lo = _mm512_cvtepu16_epi32((__m256i) _mm512_cvtneps_pbh(a));
-    const vi hi = _mm512_cvtepu16_epi32((__m256i) _mm512_cvtneps_pbh(b));
-    return _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16));
+    alignas(64) static constexpr uint16_t order[32] = {
+        0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31,
+    };
+    return _mm512_permutexvar_epi16(_mm512_load_si512(order), words_of_row(a, b));
 }
 
 void load_q_bf16(const float * Q, int64_t n_rows, int64_t ld, uint32_t * dst) {

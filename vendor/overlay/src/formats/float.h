@@ -174,17 +174,31 @@ void expand_float(const tile & t, float * dst, int64_t ld) {
     alignas(64) float d  [TILE];
     alignas(64) float min[TILE];
     ahead next(t, t.n_block);
+    const size_t nb = t.nb;
+    const int    n  = t.n;
     for (int64_t b = 0; b < t.n_block; ++b) {
         if constexpr (row::scaled) {
-            load_scales<row>(t.data, t.nb, t.n, b, d, min);
+            load_scales<row>(t.data, nb, n, b, d, min);
         }
-        for (int j = 0; j < t.n; ++j) {
-            const uint8_t * x = t.data + j*t.nb;
-            next.visit(1);
+        const auto expand = [&](auto n_rows, int j) {
+            constexpr int N = decltype(n_rows)::value;
+            const uint8_t * x = t.data + j*nb;
+            float * y = dst + j*ld + b*BLOCK;
+            next.visit(N);
 KVM_UNROLL
-            for (int i = 0; i < V_BLOCK; ++i) {
-                v_store(dst + j*ld + b*BLOCK + i*V_LEN, load_value<row>(x, b, i, d[j], min[j]));
+            for (int p = 0; p < N; ++p) {
+KVM_UNROLL
+                for (int i = 0; i < V_BLOCK; ++i) {
+                    v_store(y + p*ld + i*V_LEN, load_value<row>(x + p*nb, b, i, d[j + p], min[j + p]));
+                }
             }
+        };
+        int j = 0;
+        for (; j + 4 <= n; j += 4) {
+            expand(number<4>(), j);
+        }
+        for (; j < n; ++j) {
+            expand(number<1>(), j);
         }
     }
 }
