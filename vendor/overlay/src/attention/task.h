@@ -83,8 +83,13 @@ struct place {
 
 void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t task_next, float * partial, float * scratch,
         const llama_kv_mixed_products * products) {
-    const auto [ikv0, chunk, block, stream] = place(a, p, task);
+    const place here (a, p, task);
     const place after(a, p, task_next);
+
+    const int64_t ikv0   = here.ikv;
+    const int64_t chunk  = here.chunk;
+    const int64_t block  = here.block;
+    const int64_t stream = here.stream;
 
     const int64_t token0   = block*p.n_tpb;
     const int64_t n_tokens = a.n_tokens - token0 < p.n_tpb ? a.n_tokens - token0 : p.n_tpb;

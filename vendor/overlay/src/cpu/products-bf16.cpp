@@ -1,4 +1,4 @@
-#if defined(__AVX512BF16__)
+#if defined(LLAMA_KV_MIXED_BF16)
 
 #define KVM_AVX512
 #include "attention/bf16.h"
