@@ -29,9 +29,12 @@ MAX_ROWS = 128
 # for that: of bytes and of BF16.
 COARSE = ("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
 PRODUCTS = {
-    "amx": ("bf16", "bf16"), "avx512bf16": ("int", "bf16"), "avx512": ("int", "float"), "avx2": ("int", "float"),
-    "dotprod": ("int", "float"),
+    "amx": ("bf16", "bf16"), "avx512bf16": ("int", "bf16"), "avx512": ("int", "float"),
+    "avxvnni": ("int", "float"), "avx2": ("int", "float"), "neonbf16": ("int", "bf16"), "dotprod": ("int", "float"),
 }  # fmt: skip
+
+# instruction sets whose kernels differ from another one's in their products of many query rows alone
+OTHER_PRODUCTS = {"amx": "avx512", "avx512bf16": "avx512", "neonbf16": "dotprod"}
 
 AXES: dict[str, tuple[Any, ...]] = {
     "cold_k": tuple(FORMATS),

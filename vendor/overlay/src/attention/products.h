@@ -7,7 +7,8 @@
 
 //
 // Numbers are rounded to BF16, which has 8 bits of them, sums are F32. Two values that are added to one sum lie side by side in a
-// word of 32 bits, the first one in the lower half.
+// word of 32 bits, the first one in the lower half. Nobody else looks at the words: Arm's have an order of their own in the same
+// room, see cpu/products-neon.cpp.
 //
 
 #define LLAMA_KV_MIXED_PRODUCT_ROWS 16 // rows of Q, P, S and O come in groups of so many, padded

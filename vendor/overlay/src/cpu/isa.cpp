@@ -14,28 +14,32 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #if defined(__x86_64__) && defined(__GNUC__)
 extern const llama_kv_mixed_isa llama_kv_mixed_isa_amx;
 extern const llama_kv_mixed_isa llama_kv_mixed_isa_avx512_bf16;
 extern const llama_kv_mixed_isa llama_kv_mixed_isa_avx512;
+extern const llama_kv_mixed_isa llama_kv_mixed_isa_avx_vnni;
 extern const llama_kv_mixed_isa llama_kv_mixed_isa_avx2;
 #elif defined(__aarch64__)
+extern const llama_kv_mixed_isa llama_kv_mixed_isa_neon_bf16;
 extern const llama_kv_mixed_isa llama_kv_mixed_isa_dotprod;
 extern const llama_kv_mixed_isa llama_kv_mixed_isa_neon;
 #endif
 extern const llama_kv_mixed_isa llama_kv_mixed_isa_generic;
 
 #if defined(__x86_64__) && defined(__GNUC__)
-// a bit of what cpuid says of extended features (leaf 7)
-static bool has_feature(unsigned subleaf, int reg, int bit) {
+// a bit of what cpuid says: leaf 1, and extended features (leaf 7); reg: eax, ebx, ecx, edx
+static bool has_feature(unsigned leaf, unsigned subleaf, int reg, int bit) {
     unsigned regs[4] = {};
-    return __get_cpuid_max(0, nullptr) >= 7 && __get_cpuid_count(7, subleaf, &regs[0], &regs[1], &regs[2], &regs[3]) && (regs[reg] >> bit & 1);
+    return __get_cpuid_count(leaf, subleaf, &regs[0], &regs[1], &regs[2], &regs[3]) && (regs[reg] >> bit & 1);
 }
 
 [[maybe_unused]] static bool has_avx512_bf16() {
-    return has_feature(1, 0, 5);
+    return has_feature(7, 1, 0, 5);
 }
 
 // Tiles have to be asked for: the kernel then keeps their 8 KiB for the threads of this process.
@@ -43,8 +47,23 @@ static bool has_feature(unsigned subleaf, int reg, int bit) {
 #if defined(__linux__)
     constexpr long request_permission = 0x1023; // ARCH_REQ_XCOMP_PERM
     constexpr long tile_data          = 18;     // XFEATURE_XTILE_DATA
-    return has_avx512_bf16() && has_feature(0, 3, 22) && has_feature(0, 3, 24) &&
+    return has_avx512_bf16() && has_feature(7, 0, 3, 22) && has_feature(7, 0, 3, 24) &&
         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
+#if defined(__aarch64__)
+[[maybe_unused]] static bool has_neon_bf16() {
+#if defined(__linux__)
+    constexpr unsigned long bf16 = 1 << 14; // HWCAP2_BF16, which older headers lack
+    return getauxval(AT_HWCAP2) & bf16;
+#elif defined(__APPLE__)
+    int res = 0;
+    size_t size = sizeof(res);
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &res, &size, nullptr, 0) == 0 && res;
 #else
     return false;
 #endif
@@ -77,17 +96,31 @@ static std::vector<const llama_kv_mixed_isa *> get_isas() {
         }
 #endif
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    const bool has_f16c = has_feature(1, 0, 2, 29); // older versions of clang do not know it by name
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c) {
+#if defined(LLAMA_KV_MIXED_AVX_VNNI)
+        if (has_feature(7, 1, 0, 4)) {
+            res.push_back(&llama_kv_mixed_isa_avx_vnni);
+        }
+#endif
         res.push_back(&llama_kv_mixed_isa_avx2);
     }
 #elif defined(__aarch64__)
 #if defined(__APPLE__)
-    res.push_back(&llama_kv_mixed_isa_dotprod);
+    const bool has_dotprod = true;
 #elif defined(__linux__)
-    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) {
-        res.push_back(&llama_kv_mixed_isa_dotprod);
+    const bool has_dotprod = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+    const bool has_dotprod = false;
+#endif
+#if defined(LLAMA_KV_MIXED_NEON_BF16)
+    if (has_dotprod && has_neon_bf16()) {
+        res.push_back(&llama_kv_mixed_isa_neon_bf16);
     }
 #endif
+    if (has_dotprod) {
+        res.push_back(&llama_kv_mixed_isa_dotprod);
+    }
     res.push_back(&llama_kv_mixed_isa_neon);
 #endif
     res.push_back(&llama_kv_mixed_isa_generic);

@@ -34,7 +34,8 @@ struct llama_kv_mixed_isa {
     void (*attn_merge)(const llama_kv_mixed_attn_args & args, const llama_kv_mixed_attn_plan & plan, const float * partial, int64_t row0, int64_t row1);
 };
 
-// the best one of this machine, or the one of that name ("amx", "avx512bf16", "avx512", "avx2", "dotprod", "neon", "generic"); null when it can not run here
+// the best one of this machine, or the one of that name ("amx", "avx512bf16", "avx512", "avxvnni", "avx2", "neonbf16", "dotprod",
+// "neon", "generic"); null when it can not run here
 const llama_kv_mixed_isa * llama_kv_mixed_get_isa(const char * name = nullptr);
 
 // their names, best first, separated by spaces

@@ -1,4 +1,4 @@
-// Vectors of AVX2 with FMA and F16C.
+// Vectors of AVX2 with FMA and F16C, and the dot products of AVX-VNNI where the compiler may use them.
 
 #pragma once
 
@@ -7,13 +7,18 @@
 namespace {
 
 constexpr int V_LEN = 8;
-constexpr int V_ROWS_DOT  = 3;
+constexpr int V_ROWS_DOT  = 4;
+constexpr int V_ROWS_DOT8 = 4;
 constexpr int V_ROWS_ACC  = 3;
 constexpr int V_GEMM_ROWS = 6;
 constexpr int V_GEMM_VECS = 2;
 constexpr int V_ROWS_INT  = 3;
 constexpr bool V_FAST_DOT  = true;
+#if defined(__AVXVNNI__)
+constexpr bool V_FAST_DOT8 = true;
+#else
 constexpr bool V_FAST_DOT8 = false;
+#endif
 
 using vf = __m256;
 using vi = __m256i;
@@ -114,9 +119,22 @@ V_INLINE vi v_fifth(vi x, vi bits, int first) {
     return _mm256_or_si256(x, _mm256_and_si256(set, _mm256_set1_epi8(16)));
 }
 
+V_INLINE va v_dot_zero() { return _mm256_setzero_si256(); }
+
+#if defined(__AVXVNNI__)
+
+constexpr int V_DOT_SUMS = 1;
+V_INLINE va v_dot(va acc, vi u, int32_t s) { return _mm256_dpbusd_avx_epi32(acc, u, _mm256_set1_epi32(s)); }
+V_INLINE vi v_dot_int(va acc) { return acc; }
+
+constexpr int V_DOT8_BIAS = 128;
+V_INLINE vi v_bias8(vi x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
+V_INLINE vi v_dot8(vi acc, vi x, int32_t s) { return v_dot(acc, x, s); }
+
+#else
+
 // Sums of 16 bits: up to 16 products of [0, 15] and [-127, 127] each, |sum| <= 30480; 8 of [0, 31], |sum| <= 31496.
 constexpr int V_DOT_SUMS = 1;
-V_INLINE va v_dot_zero() { return _mm256_setzero_si256(); }
 V_INLINE va v_dot(va acc, vi u, int32_t s) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, _mm256_set1_epi32(s))); }
 V_INLINE vi v_dot_int(va acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
 
@@ -128,10 +146,11 @@ V_INLINE vi v_dot8(vi acc, vi x, int32_t s) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-V_INLINE vi v_table_lo(vi x, const table16 & t) {
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) t.v)), v_nibble_lo(x));
-}
-V_INLINE vi v_table_hi(vi x, const table16 & t) { return v_table_lo(_mm256_srli_epi32(x, 4), t); }
+#endif
+
+V_INLINE vi load_table(const table16 & t) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) t.v)); }
+V_INLINE vi v_table_lo(vi x, const table16 & t) { return _mm256_shuffle_epi8(v_bias8(load_table(t)), v_nibble_lo(x)); }
+V_INLINE vi v_table_hi(vi x, const table16 & t) { return _mm256_shuffle_epi8(v_bias8(load_table(t)), v_nibble_hi(x)); }
 
 V_INLINE void v_load_i4_pairs(const uint8_t * p, size_t nb, vi * res) {
     const __m256i low = _mm256_set1_epi16(15);
@@ -152,7 +171,7 @@ V_INLINE void v_load_t4_pairs(const uint8_t * p, size_t nb, vi * res, const tabl
         const __m128i a = _mm_loadu_si128((const __m128i *) (p + 2*i*nb));
         const __m128i b = _mm_loadu_si128((const __m128i *) (p + 2*i*nb + nb));
         const __m256i x = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(a, b)), _mm_unpackhi_epi8(a, b), 1);
-        const __m256i y[2] = { v_table_lo(x, t), v_table_hi(x, t) };
+        const vi y[2] = { _mm256_shuffle_epi8(load_table(t), v_nibble_lo(x)), _mm256_shuffle_epi8(load_table(t), v_nibble_hi(x)) };
         for (int h = 0; h < 2; ++h) {
             res[4*i + 2*h    ] = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(y[h]));
             res[4*i + 2*h + 1] = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(y[h], 1));
@@ -189,7 +208,13 @@ V_INLINE void v_load_i8_pairs(const uint8_t * p, size_t nb, vi * res) {
     }
 }
 
-V_INLINE vi v_dot16(vi acc, vi x, int32_t w) { return _mm256_add_epi32(acc, _mm256_madd_epi16(x, _mm256_set1_epi32(w))); }
+V_INLINE vi v_dot16(vi acc, vi x, int32_t w) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpwssd_avx_epi32(acc, x, _mm256_set1_epi32(w));
+#else
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(x, _mm256_set1_epi32(w)));
+#endif
+}
 V_INLINE vi v_izero() { return _mm256_setzero_si256(); }
 V_INLINE vi v_iset(int32_t x) { return _mm256_set1_epi32(x); }
 V_INLINE vf v_from_int(vi x) { return _mm256_cvtepi32_ps(x); }

@@ -6,6 +6,7 @@ namespace {
 
 constexpr int V_LEN = 8;
 constexpr int V_ROWS_DOT  = 2;
+constexpr int V_ROWS_DOT8 = 2;
 constexpr int V_ROWS_ACC  = 2;
 constexpr int V_GEMM_ROWS = 4;
 constexpr int V_GEMM_VECS = 2;

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int V_LEN = 4;
 constexpr int V_ROWS_DOT  = 4;
+constexpr int V_ROWS_DOT8 = 4;
 constexpr int V_ROWS_ACC  = 3;
 constexpr int V_GEMM_ROWS = 6;
 constexpr int V_GEMM_VECS = 4;

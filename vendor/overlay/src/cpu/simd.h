@@ -94,6 +94,7 @@ V_INLINE float f32_from_bits(uint32_t bits) {
 // vf, vi:       floats, 32-bit integers
 // va:           sums of products of small integers, see v_dot
 // V_ROWS_DOT:   rows of Q that fit in registers for the dot product with four rows of K
+// V_ROWS_DOT8:  the same for V_LEN rows of K in whole numbers
 // V_ROWS_ACC:   rows of the output that fit in registers, 32 elements of each
 // V_GEMM_ROWS, V_GEMM_VECS: the same for a block of a matrix product
 // V_ROWS_INT:   rows of Q that fit in registers for their products with two vectors of cells in whole numbers

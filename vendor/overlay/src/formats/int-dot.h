@@ -96,7 +96,7 @@ void dot_int(const llama_kv_mixed_dot & a) {
 
     const tile k = whole_vectors(a.k, a.spare);
 
-    for_groups<V_ROWS_DOT>(a.n_rows, [&](auto n, int64_t r) {
+    for_groups<V_ROWS_DOT8>(a.n_rows, [&](auto n, int64_t r) {
         dot_rows_int<row, n.value>((const typename row::query *) a.query + r, a.n_rows, a.n_embd/(2*BLOCK), k, a.S + r*TILE);
     });
 }
