@@ -82,17 +82,11 @@ static std::vector<const llama_kv_mixed_isa *> get_isas() {
             res.push_back(&llama_kv_mixed_isa_amx);
         }
 #endif
-#if defined(LLAMA_KV_MIXED_BF16)
-        // Intel's processors do half as many products in BF16 per cycle as AMD's, no more than in F32
-        const bool is_fast = !__builtin_cpu_is("intel");
-        if (is_fast && has_avx512_bf16()) {
-            res.push_back(&llama_kv_mixed_isa_avx512_bf16);
-        }
-#endif
         res.push_back(&llama_kv_mixed_isa_avx512);
 #if defined(LLAMA_KV_MIXED_BF16)
-        if (!is_fast && has_avx512_bf16()) {
-            res.push_back(&llama_kv_mixed_isa_avx512_bf16);
+        if (has_avx512_bf16()) {
+            // Intel's processors do half as many products in BF16 per cycle as AMD's, no more than in F32
+            res.insert(__builtin_cpu_is("intel") ? res.end() : res.end() - 1, &llama_kv_mixed_isa_avx512_bf16);
         }
 #endif
     }

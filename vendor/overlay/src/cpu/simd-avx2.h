@@ -119,11 +119,12 @@ V_INLINE vi v_fifth(vi x, vi bits, int first) {
     return _mm256_or_si256(x, _mm256_and_si256(set, _mm256_set1_epi8(16)));
 }
 
+constexpr int V_DOT_SUMS = 1;
 V_INLINE va v_dot_zero() { return _mm256_setzero_si256(); }
 
 #if defined(__AVXVNNI__)
 
-constexpr int V_DOT_SUMS = 1;
+constexpr int V_DOT_BITS = 32;
 V_INLINE va v_dot(va acc, vi u, int32_t s) { return _mm256_dpbusd_avx_epi32(acc, u, _mm256_set1_epi32(s)); }
 V_INLINE vi v_dot_int(va acc) { return acc; }
 
@@ -134,7 +135,7 @@ V_INLINE vi v_dot8(vi acc, vi x, int32_t s) { return v_dot(acc, x, s); }
 #else
 
 // Sums of 16 bits: up to 16 products of [0, 15] and [-127, 127] each, |sum| <= 30480; 8 of [0, 31], |sum| <= 31496.
-constexpr int V_DOT_SUMS = 1;
+constexpr int V_DOT_BITS = 16;
 V_INLINE va v_dot(va acc, vi u, int32_t s) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, _mm256_set1_epi32(s))); }
 V_INLINE vi v_dot_int(va acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
 

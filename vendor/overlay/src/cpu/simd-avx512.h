@@ -139,7 +139,9 @@ V_INLINE vi v_fifth(vi x, vi bits, int first) {
 }
 
 // acc += the four unsigned bytes of every lane of u times the four signed ones of s
+// V_DOT_SUMS: sums at a time, so that additions need not wait for each other; V_DOT_BITS: of a sum
 constexpr int V_DOT_SUMS = 2;
+constexpr int V_DOT_BITS = 32;
 V_INLINE va v_dot_zero() { return _mm512_setzero_si512(); }
 V_INLINE va v_dot(va acc, vi u, int32_t s) { return _mm512_dpbusd_epi32(acc, u, _mm512_set1_epi32(s)); }
 V_INLINE vi v_dot_int(va acc) { return acc; }

@@ -101,6 +101,7 @@ V_INLINE vi v_fifth(vi x, vi bits, int first) {
 }
 
 constexpr int V_DOT_SUMS = 1;
+constexpr int V_DOT_BITS = 32;
 V_INLINE va v_dot_zero() { return {}; }
 V_INLINE va v_dot(va acc, vi u, int32_t s) {
     int8_t b[4];

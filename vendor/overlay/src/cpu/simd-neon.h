@@ -108,6 +108,7 @@ V_INLINE vi v_fifth(vi x, vi bits, int first) {
 }
 
 constexpr int V_DOT_SUMS = 2;
+constexpr int V_DOT_BITS = 32;
 V_INLINE va v_dot_zero() { return vdupq_n_s32(0); }
 V_INLINE va v_dot(va acc, vi u, int32_t s) {
     const int8x16_t a = vreinterpretq_s8_u8(u);

@@ -68,7 +68,7 @@ KVM_UNROLL
 template <class row, int M, int N_VEC>
 V_INLINE void scores_block(const int_query & Q, int64_t r, const int_tile & K, int j, int64_t n_embd, float * S) {
     // how many words fit in a sum of 16 bits, where sums are that
-    constexpr int step = row::n_bits == 5 && V_DOT_SUMS == 1 ? 4 : 8;
+    constexpr int step = row::n_bits == 5 && V_DOT_BITS == 16 ? 4 : 8;
 
     const int64_t n_block = n_embd/BLOCK;
 
