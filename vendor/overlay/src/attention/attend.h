@@ -85,6 +85,23 @@ void expand(const llama_kv_mixed_format & format, const tile & t, int64_t n_embd
     }
 }
 
+// The same in steps, behind a tile's last cell zeros: f(rows, the first of them). A step's rows are used while they are in the
+// first cache level.
+template <class F>
+V_INLINE void expand_in_steps(const llama_kv_mixed_format & format, const tile & t, int64_t n_embd, float * dst, int64_t ld, const F & f) {
+    constexpr int step = LLAMA_KV_MIXED_PRODUCT_CELLS;
+
+    for (int j = 0; j < t.n; j += step) {
+        tile part = t;
+        part.n          = t.n - j < step ? t.n - j : step;
+        part.data      += j*t.nb;
+        part.next.data += j*t.next.nb;
+        expand(format, part, n_embd, dst, ld);
+        memset(dst + part.n*ld, 0, (step - part.n)*ld*sizeof(float));
+        f(dst, j);
+    }
+}
+
 // a tile that has been expanded
 V_INLINE tile as_floats(const tile & t, const float * data, int64_t ld) {
     return { { (const uint8_t *) data, ld*sizeof(float), 0 }, t.n, ld/BLOCK, {} };
@@ -149,13 +166,32 @@ V_INLINE void scores_to_weights(const attn_args & a, const attn_plan & p, const 
     if (add_mean) {
         dot_mean(w.Q + r0*p.ld_k, p.ld_k, n_rows, w.mean, a.n_embd_k, add);
     }
-    for (int64_t i = 0; i < n_rows; ++i) {
-        const int64_t r = r0 + i;
-        const int64_t t = r/p.n_gqa;
-        const float most = softmax_row(w.S + i*TILE, n, add[i], kind[t] == MASK_NONE ? nullptr : w.mask + t*TILE, w.slope[r % p.n_gqa],
-            a.logit_softcap, w.O + r*p.ld_v, p.ld_v, w.m[r], w.s + r*V_LEN);
-        if (pmax) {
-            pmax[i] = most;
+    const float softcap = a.logit_softcap;
+
+    for (int64_t i0 = 0; i0 < n_rows; i0 += 4) {
+        vf lanes[4];
+KVM_UNROLL
+        for (int k = 0; k < 4; ++k) {
+            const int64_t r = r0 + i0 + k;
+            if (i0 + k >= n_rows) {
+                lanes[k] = v_zero();
+                continue;
+            }
+            const float * mask = kind[r/p.n_gqa] == MASK_NONE ? nullptr : w.mask + r/p.n_gqa*TILE;
+            lanes[k] = finish_scores(w.S + (i0 + k)*TILE, n, add[i0 + k], mask, w.slope[r % p.n_gqa], softcap);
+        }
+        float most[4];
+        v_hmax4(most, lanes[0], lanes[1], lanes[2], lanes[3]);
+
+        for (int64_t i = i0; i < i0 + 4 && i < n_rows; ++i) {
+            const int64_t r = r0 + i;
+
+            // what is added to all scores can be added to the largest instead, where nothing else was done to them
+            const float add_last = softcap != 0.0f ? 0.0f : add[i];
+            to_weights(w.S + i*TILE, most[i - i0], add_last, pmax ? 0.0f : MOST_ABOVE, w.O + r*p.ld_v, p.ld_v, w.m[r], w.s + r*V_LEN);
+            if (pmax) {
+                pmax[i] = most[i - i0] == -INFINITY ? 0.0f : pow2_above(most[i - i0] + add_last - w.m[r]);
+            }
         }
     }
 }
@@ -234,24 +270,24 @@ void attend_gemm(const attn_args & a, const attn_plan & p, const workspace & w, 
     // cells behind the last one: finite, and masked
     if (score == SCORE_INT) {
         kv.format_k.load_tile(k, (uint8_t *) w.K, w.KT);
+    } else if (score == SCORE_BF16) {
+        expand_in_steps(kv.format_k, k, a.n_embd_k, w.K, p.ld_k, [&](const float * rows, int j) {
+            products->load_k(rows, j, p.ld_k, (uint32_t *) w.KT);
+        });
     } else {
-        if (add_mean) {
-            expand(kv.format_k, k, a.n_embd_k, w.K, p.ld_k);
-        } else {
-            expand_k(a, p, w, kv);
-        }
+        expand_k(a, p, w, kv);
         memset(w.K + k.n*p.ld_k, 0, (TILE - k.n)*p.ld_k*sizeof(float));
-        if (score == SCORE_BF16) {
-            products->load_k(w.K, p.ld_k, (uint32_t *) w.KT);
-        } else {
-            transpose(w.K, p.ld_k, p.ld_k, w.KT);
-        }
+        transpose(w.K, p.ld_k, p.ld_k, w.KT);
     }
 
-    expand(kv.format_v, v, a.n_embd_v, w.V, p.ld_v);
-    memset(w.V + v.n*p.ld_v, 0, (TILE - v.n)*p.ld_v*sizeof(float));
     if (v_bf16) {
-        products->load_v(w.V, p.ld_v);
+        // words take the first half
+        expand_in_steps(kv.format_v, v, a.n_embd_v, w.V + TILE/2*p.ld_v, p.ld_v, [&](const float * rows, int j) {
+            products->load_v(rows, j, p.ld_v, (uint32_t *) w.V);
+        });
+    } else {
+        expand(kv.format_v, v, a.n_embd_v, w.V, p.ld_v);
+        memset(w.V + v.n*p.ld_v, 0, (TILE - v.n)*p.ld_v*sizeof(float));
     }
 
     const int64_t step = score == SCORE_BF16 || v_bf16 ? 2*LLAMA_KV_MIXED_PRODUCT_ROWS : ROWS;
@@ -272,7 +308,7 @@ void attend_gemm(const attn_args & a, const attn_plan & p, const workspace & w, 
         } else if (score == SCORE_BF16) {
             products->scores((const uint32_t *) w.query + r0*p.ld_k/2, (const uint32_t *) w.KT, n, p.ld_k, k.n, w.S);
         } else {
-            gemm<false>(n, TILE, p.ld_k, w.Q + r0*p.ld_k, p.ld_k, w.KT, TILE, w.S, TILE);
+            gemm<false>(n, (k.n + BLOCK - 1)/BLOCK*BLOCK, p.ld_k, w.Q + r0*p.ld_k, p.ld_k, w.KT, TILE, w.S, TILE);
         }
 
         scores_to_weights(a, p, w, r0, n, k.n, add_mean, kind, nullptr);
@@ -282,7 +318,7 @@ void attend_gemm(const attn_args & a, const attn_plan & p, const workspace & w, 
             products->load_p(w.S, n);
             products->outputs((const uint32_t *) w.S, (const uint32_t *) w.V, n, p.ld_v, k.n, O);
         } else {
-            gemm<true>(n, p.ld_v, TILE, w.S, TILE, w.V, p.ld_v, O, p.ld_v);
+            gemm<true>(n, p.ld_v, v.n, w.S, TILE, w.V, p.ld_v, O, p.ld_v);
         }
     }
 }
@@ -302,7 +338,8 @@ void attend_by_cell(const attn_args & a, const attn_plan & p, const workspace & 
 
         format_f32.dot({ 1, a.n_embd_k, w.Q + r*p.ld_k, p.ld_k, nullptr, as_floats(kv.k, w.K, p.ld_k), nullptr, w.S });
 
-        softmax_row(w.S, kv.k.n, 0.0f, mask, w.slope[r % p.n_gqa], a.logit_softcap, O, p.ld_v, w.m[r], w.s + r*V_LEN);
+        const vf lanes = finish_scores(w.S, kv.k.n, 0.0f, mask, w.slope[r % p.n_gqa], a.logit_softcap);
+        to_weights(w.S, v_hmax(lanes), 0.0f, 0.0f, O, p.ld_v, w.m[r], w.s + r*V_LEN);
 
         for (int j = 0; j < kv.v.n; ++j) {
             if (mask && mask[j] == -INFINITY) {

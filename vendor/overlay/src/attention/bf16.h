@@ -54,23 +54,23 @@ KVM_UNROLL
     }
 }
 
-void load_k_bf16(const float * K, int64_t ld, uint32_t * dst) {
+void load_k_bf16(const float * K, int j, int64_t ld, uint32_t * dst) {
     for (int64_t i = 0; i < ld; i += 32) {
-        for (int j = 0; j < TILE; j += 16) {
+        for (int k = 0; k < LLAMA_KV_MIXED_PRODUCT_CELLS; k += 16) {
             vi x[16];
 KVM_UNROLL
             for (int r = 0; r < 16; ++r) {
-                const float * row = K + (j + r)*ld + i;
+                const float * row = K + (k + r)*ld + i;
                 x[r] = words_of_row(v_load(row), v_load(row + V_LEN));
             }
-            transpose16(x, dst + i/2*TILE + j, TILE);
+            transpose16(x, dst + i/2*TILE + j + k, TILE);
         }
     }
 }
 
-void load_v_bf16(float * V, int64_t ld) {
-    float * dst = V;
-    for (int j = 0; j < TILE; j += 2, V += 2*ld, dst += ld) {
+void load_v_bf16(const float * V, int j, int64_t ld, uint32_t * dst) {
+    dst += j/2*ld;
+    for (int k = 0; k < LLAMA_KV_MIXED_PRODUCT_CELLS; k += 2, V += 2*ld, dst += ld) {
         for (int64_t i = 0; i < ld; i += V_LEN) {
             v_istore(dst + i, words_of_rows(v_load(V + i), v_load(V + ld + i)));
         }

@@ -18,6 +18,7 @@ KVM_UNROLL
         }
     }
     for (int64_t i = 0; i < n_in; ++i) {
+        KVM_STEP(B);
         vf b[N_VEC];
 KVM_UNROLL
         for (int n = 0; n < N_VEC; ++n) {

@@ -13,6 +13,8 @@
 
 #define LLAMA_KV_MIXED_PRODUCT_ROWS 16 // rows of Q, P, S and O come in groups of so many, padded
 
+#define LLAMA_KV_MIXED_PRODUCT_CELLS 32 // cells that are laid out at a time
+
 static inline int64_t llama_kv_mixed_product_pad(int64_t n_rows) {
     return (n_rows + LLAMA_KV_MIXED_PRODUCT_ROWS - 1)/LLAMA_KV_MIXED_PRODUCT_ROWS*LLAMA_KV_MIXED_PRODUCT_ROWS;
 }
@@ -26,11 +28,11 @@ struct llama_kv_mixed_products {
     // Q [n_rows][ld] to words [n_rows padded][ld/2], zeros behind the last row
     void (*load_q)(const float * Q, int64_t n_rows, int64_t ld, uint32_t * dst);
 
-    // K [cells][ld] to words [ld/2][cells], each of two values of a cell
-    void (*load_k)(const float * K, int64_t ld, uint32_t * dst);
+    // LLAMA_KV_MIXED_PRODUCT_CELLS cells from j on of K, [..][ld], to words [ld/2][cells], each of two values of a cell
+    void (*load_k)(const float * K, int j, int64_t ld, uint32_t * dst);
 
-    // V [cells][ld] to words [cells/2][ld] in its place, each of two cells
-    void (*load_v)(float * V, int64_t ld);
+    // as many of V, [..][ld], to words [cells/2][ld], each of two cells
+    void (*load_v)(const float * V, int j, int64_t ld, uint32_t * dst);
 
     // P [n_rows][cells] to words [n_rows padded][cells/2] in its place, zeros behind the last row
     void (*load_p)(float * P, int64_t n_rows);

@@ -20,70 +20,66 @@ float alibi_slope(const attn_args & a, int64_t head) {
     return head < n ? powf(m0, (float) (head + 1)) : powf(m1, (float) (2*(head - n) + 1));
 }
 
-// n scores to weights in place, TILE of them; add: what is to be added to the scores; O, m, s: the row's output, largest score and sums of weights so far, V_LEN of
-// these; returns the largest of the weights
-V_INLINE float softmax_row(float * S, int n, float add, const float * mask, float slope, float softcap, float * O, int64_t n_embd, float & m, float * s) {
+// Scores are logarithms to base 2 from here on: times log2(e), so that a weight is 2^(score - largest score).
+
+// How far a score may be above the one that a row's weights are relative to, before these and the row's output are scaled
+// anew: weights up to 2^8 lose nothing in floats.
+constexpr float MOST_ABOVE = 8.0f;
+
+// n scores of a row, TILE of them in memory, as they count; returns the largest of each lane
+V_INLINE vf finish_scores(float * S, int n, float add, const float * mask, float slope, float softcap) {
     for (int j = n; j < TILE; ++j) {
         S[j] = 0.0f; // their mask is -inf
     }
 
-    constexpr int N_VEC = TILE/V_LEN;
-    vf x[N_VEC];
-
-    // what is added to all scores can be added to their maximum instead
-    const bool  add_first = softcap != 0.0f && add != 0.0f;
-    const float add_last  = add_first ? 0.0f : add;
-
+    vf most = v_set(-INFINITY);
 KVM_UNROLL
-    for (int i = 0; i < N_VEC; ++i) {
-        x[i] = v_load(S + i*V_LEN);
-        if (add_first) {
-            x[i] = v_add(x[i], v_set(add));
-        }
+    for (int j = 0; j < TILE; j += V_LEN) {
+        vf x = v_load(S + j);
         if (softcap != 0.0f) {
-            x[i] = v_mul(v_set(softcap), v_tanh(x[i]));
+            x = v_mul(v_set(softcap*LOG2_E), v_tanh(v_add(x, v_set(add))));
         }
         if (mask) {
-            const vf y = v_load(mask + i*V_LEN);
-            x[i] = v_hide(v_fma(v_set(slope), y, x[i]), y); // whatever the score of a cell that is hidden
+            const vf y = v_load(mask + j);
+            x = v_hide(v_fma(v_set(slope*LOG2_E), y, x), y); // whatever the score of a cell that is hidden
         }
+        if (softcap != 0.0f || mask) {
+            v_store(S + j, x);
+        }
+        most = v_max(most, x);
     }
+    return most;
+}
 
-    vf most = x[0];
-KVM_UNROLL
-    for (int i = 1; i < N_VEC; ++i) {
-        most = v_max(most, x[i]);
-    }
-
-    const float m_tile = v_hmax(most) + add_last;
-    if (m_tile == -INFINITY) { // nothing counts: the weights are 0, not e^(inf - inf)
+// A row's scores to weights in place; most: their largest; add: what is to be added to all of them; O, m, s: the row's output,
+// the score that weights are relative to, and sums of weights so far, V_LEN of these
+V_INLINE void to_weights(float * S, float most, float add, float most_above, float * O, int64_t n_embd, float & m, float * s) {
+    most += add;
+    if (most == -INFINITY) { // nothing counts: the weights are 0, not 2^(inf - inf)
         memset(S, 0, TILE*sizeof(float));
-        return 0.0f;
+        return;
     }
 
     vf sum = v_load(s);
-    if (m_tile > m) {
+    if (most > m + most_above) {
         if (m != -INFINITY) {
-            const vf c = v_exp(v_set(m - m_tile));
+            const vf c = v_exp2(v_set(m - most));
             for (int64_t i = 0; i < n_embd; i += V_LEN) {
                 v_store(O + i, v_mul(v_load(O + i), c));
             }
             sum = v_mul(sum, c);
         }
-        m = m_tile;
+        m = most;
     }
 
-    const vf base = v_set(m - add_last);
+    const vf base = v_set(m - add);
 KVM_UNROLL
-    for (int i = 0; i < N_VEC; ++i) {
-        const vf w = v_exp(v_sub(x[i], base));
-        v_store(S + i*V_LEN, w);
+    for (int j = 0; j < TILE; j += V_LEN) {
+        const vf w = v_exp2(v_sub(v_load(S + j), base));
+        v_store(S + j, w);
         sum = v_add(sum, w);
     }
     v_store(s, sum);
-
-    // the largest weight e^(m_tile - m), up to a factor of 2
-    return pow2_above((m_tile - m)*1.44269504f);
 }
 
 } // namespace

@@ -10,12 +10,12 @@ namespace {
 V_INLINE void finish_row(const attn_args & a, int64_t head, const float * O, float m, float s, float * dst) {
     float c = 1.0f;
     if (a.sinks) {
-        const float sink = a.sinks[head];
+        const float sink = a.sinks[head]*LOG2_E;
         if (sink > m) {
-            c = m == -INFINITY ? 0.0f : exp_1(m - sink);
+            c = m == -INFINITY ? 0.0f : exp2_1(m - sink);
             s = s*c + 1.0f;
         } else {
-            s += exp_1(sink - m);
+            s += exp2_1(sink - m);
         }
     }
     // a token that sees no cell at all: 0
@@ -30,8 +30,8 @@ void load_query(const attn_args & a, const attn_plan & p, const workspace & w, i
         int64_t n_rows, int i_seg, const llama_kv_mixed_products * products) {
     const auto & format = get_format(a.seg[i_seg].type_k);
 
-    // ggml divides the scale, then multiplies what tanh gives
-    const float scale = a.logit_softcap != 0.0f ? a.scale/a.logit_softcap : a.scale;
+    // ggml divides the scale, then multiplies what tanh gives; scores are to base 2
+    const float scale = a.logit_softcap != 0.0f ? a.scale/a.logit_softcap : a.scale*LOG2_E;
 
     for (int64_t r = 0; r < n_rows; ++r) {
         const int64_t head = ikv*p.n_gqa + r % p.n_gqa;
@@ -284,7 +284,7 @@ void attn_merge(const attn_args & a, const attn_plan & p, const float * partial,
             if (s_c == 0.0f) {
                 continue;
             }
-            const float e = exp_1(y[p.n_rows*p.ld_v + r] - m);
+            const float e = exp2_1(y[p.n_rows*p.ld_v + r] - m);
             s += e*s_c;
             for (int64_t i = 0; i < p.ld_v; i += V_LEN) {
                 v_store(O + i, v_fma(v_set(e), v_load(y + r*p.ld_v + i), v_load(O + i)));

@@ -26,14 +26,15 @@ static void load_p(float * P, int64_t n_rows) {
     }
 }
 
-// V: of every four cells, elements (0, 1), (4, 5), ... where the first one was, (2, 3), (6, 7), ... where the second one was
-static void load_v(float * V, int64_t ld) {
-    for (int j = 0; j < TILE; j += 4, V += 4*ld) {
+// V: of every four cells, elements (0, 1), (4, 5), ..., then (2, 3), (6, 7), ...
+static void load_v(const float * V, int j, int64_t ld, uint32_t * dst) {
+    dst += j/2*ld;
+    for (int k = 0; k < LLAMA_KV_MIXED_PRODUCT_CELLS; k += 4, V += 4*ld, dst += 2*ld) {
         for (int64_t i = 0; i < ld; i += 4) {
             vi x[4];
             v_transpose4((const uint8_t *) (V + i), ld*sizeof(float), x);
-            store_words(V + i,      v_from_bits(x[0]), v_from_bits(x[1]));
-            store_words(V + ld + i, v_from_bits(x[2]), v_from_bits(x[3]));
+            store_words(dst + i,      v_from_bits(x[0]), v_from_bits(x[1]));
+            store_words(dst + ld + i, v_from_bits(x[2]), v_from_bits(x[3]));
         }
     }
 }
@@ -56,8 +57,8 @@ KVM_UNROLL
         bfloat16x8_t v[2*N];
 KVM_UNROLL
         for (int k = 0; k < N; ++k) {
-            v[2*k]     = load_words(V + j*ld + 4*k);
-            v[2*k + 1] = load_words(V + (j + 1)*ld + 4*k);
+            v[2*k]     = load_words(V + j/2*ld + 4*k);
+            v[2*k + 1] = load_words(V + (j/2 + 1)*ld + 4*k);
         }
 KVM_UNROLL
         for (int m = 0; m < M; ++m) {

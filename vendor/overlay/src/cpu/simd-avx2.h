@@ -47,14 +47,26 @@ V_INLINE float v_hmax(vf x) {
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 V_INLINE vf v_round(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+V_INLINE vf v_split(vf x, vf & n) {
+    x = _mm256_max_ps(_mm256_set1_ps(-127.0f), x);
+    n = _mm256_floor_ps(x);
+    return _mm256_sub_ps(x, n);
+}
 V_INLINE vf v_ldexp(vf x, vf n) {
-    const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-    return _mm256_and_ps(_mm256_mul_ps(x, _mm256_castsi256_ps(e)), _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_GE_OQ));
+    const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23); // -127: that of 0
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(e));
 }
 
 V_INLINE void v_hsum4(float * dst, vf a, vf b, vf c, vf d) {
     const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_storeu_ps(dst, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+
+V_INLINE void v_hmax4(float * dst, vf a, vf b, vf c, vf d) {
+    const __m256 ab = _mm256_max_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); // two of a, two of b in turn, in each half
+    const __m256 cd = _mm256_max_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    const __m256 s  = _mm256_max_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+    _mm_storeu_ps(dst, _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 
 V_INLINE vf v_load_f16(const uint8_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }

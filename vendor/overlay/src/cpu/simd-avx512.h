@@ -36,13 +36,28 @@ V_INLINE vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 V_INLINE float v_hsum(vf x) { return _mm512_reduce_add_ps(x); }
 V_INLINE float v_hmax(vf x) { return _mm512_reduce_max_ps(x); }
 V_INLINE vf v_round(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// x * 2^n for whole n, 0 where that is below the smallest number
-V_INLINE vf v_ldexp(vf x, vf n) { return _mm512_scalef_ps(x, n); }
+// x as n and what is above the whole number below it, 0 to 1; n: what v_ldexp() takes
+V_INLINE vf v_split(vf x, vf & n) {
+    n = x;
+    return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); // 0 for infinities
+}
+// x*2^n for what v_split() gives, 0 where 2^n is below the smallest number
+V_INLINE vf v_ldexp(vf x, vf n) { return _mm512_scalef_ps(x, n); } // n is rounded down there
 
 V_INLINE void v_hsum4(float * dst, vf a, vf b, vf c, vf d) {
     const auto half = [](__m512 x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };
     const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
     _mm_storeu_ps(dst, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+
+// the largest of each
+V_INLINE void v_hmax4(float * dst, vf a, vf b, vf c, vf d) {
+    const __m512 ab = _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+    const __m512 cd = _mm512_max_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
+    const __m512 s  = _mm512_max_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD)); // four of each
+    const __m512 t  = _mm512_max_ps(s, _mm512_permute_ps(s, 0x4E));
+    const __m512 u  = _mm512_max_ps(t, _mm512_permute_ps(t, 0xB1));
+    _mm_storeu_ps(dst, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, u)));
 }
 
 V_INLINE vf v_load_f16(const uint8_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }

@@ -37,12 +37,30 @@ V_INLINE vf v_fma(vf a, vf b, vf c) { KVM_EACH(a.v[i]*b.v[i] + c.v[i]); }
 V_INLINE float v_hsum(vf x) { float res = 0.0f; for (float y : x.v) { res += y; } return res; }
 V_INLINE float v_hmax(vf x) { float res = x.v[0]; for (float y : x.v) { res = y > res ? y : res; } return res; }
 V_INLINE vf v_round(vf x) { KVM_EACH(std::nearbyint(x.v[i])); }
+V_INLINE vf v_split(vf x, vf & n) {
+    // adding 1.5*2^23 rounds, and leaves the whole number in the last bits
+    const vf whole = v_set(12582912.0f);
+    x = v_max(v_set(-126.5f), x);
+    n = v_add(v_sub(x, v_set(0.5f)), whole);
+    return v_sub(x, v_sub(n, whole));
+}
 V_INLINE vf v_ldexp(vf x, vf n) {
-    KVM_EACH(n.v[i] < -126.0f ? 0.0f : x.v[i]*f32_from_bits((uint32_t) ((int32_t) n.v[i] + 127) << 23));
+    uint32_t bits[V_LEN];
+    memcpy(bits, n.v, sizeof(bits));
+    for (int i = 0; i < V_LEN; ++i) {
+        bits[i] = (bits[i] + 127) << 23; // -127: that of 0
+    }
+    vf y;
+    memcpy(y.v, bits, sizeof(bits));
+    return v_mul(x, y);
 }
 
 V_INLINE void v_hsum4(float * dst, vf a, vf b, vf c, vf d) {
     dst[0] = v_hsum(a); dst[1] = v_hsum(b); dst[2] = v_hsum(c); dst[3] = v_hsum(d);
+}
+
+V_INLINE void v_hmax4(float * dst, vf a, vf b, vf c, vf d) {
+    dst[0] = v_hmax(a); dst[1] = v_hmax(b); dst[2] = v_hmax(c); dst[3] = v_hmax(d);
 }
 
 V_INLINE float f32_from_f16(uint16_t h) {

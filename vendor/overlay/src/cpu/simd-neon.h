@@ -39,14 +39,22 @@ V_INLINE vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 V_INLINE float v_hsum(vf x) { return vaddvq_f32(x); }
 V_INLINE float v_hmax(vf x) { return vmaxvq_f32(x); }
 V_INLINE vf v_round(vf x) { return vrndnq_f32(x); }
+V_INLINE vf v_split(vf x, vf & n) {
+    x = vmaxq_f32(vdupq_n_f32(-127.0f), x);
+    n = vrndmq_f32(x);
+    return vsubq_f32(x, n);
+}
 V_INLINE vf v_ldexp(vf x, vf n) {
-    const int32x4_t e = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23);
-    const float32x4_t res = vmulq_f32(x, vreinterpretq_f32_s32(e));
-    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(res), vcgeq_f32(n, vdupq_n_f32(-126.0f))));
+    const int32x4_t e = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23); // -127: that of 0
+    return vmulq_f32(x, vreinterpretq_f32_s32(e));
 }
 
 V_INLINE void v_hsum4(float * dst, vf a, vf b, vf c, vf d) {
     vst1q_f32(dst, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+}
+
+V_INLINE void v_hmax4(float * dst, vf a, vf b, vf c, vf d) {
+    vst1q_f32(dst, vpmaxq_f32(vpmaxq_f32(a, b), vpmaxq_f32(c, d)));
 }
 
 V_INLINE vf v_load_f16(const uint8_t * p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
