@@ -1,6 +1,7 @@
 #include "cache/kv-cache-mixed.h"
 
 #include "cache/context.h"
+#include "cache/huge-pages.h"
 #include "cache/params.h"
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -188,6 +189,10 @@ llama_kv_cache_mixed::llama_kv_cache_mixed(
     kv_cold = std::make_unique<llama_kv_cache>(
             model, hparams, type_cold_k, type_cold_v, /*v_trans*/ false, offload, unified, params.n_cold, n_seq_max, n_pad,
             0, LLAMA_SWA_TYPE_NONE, nullptr, has_cold() ? filter : filter_none, reuse, nullptr, "cold_");
+
+    for (const auto & [ctx, buf] : kv_cold->ctxs_bufs) {
+        llama_kv_mixed_use_huge_pages(buf.get());
+    }
 
     if (!rotate) {
         kv_cold->attn_rot_k = false;
