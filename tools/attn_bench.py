@@ -6,13 +6,14 @@
 A shape is head size/KV heads/query heads per KV head. Rows lie as in a KV cache, in so many copies that none is in the
 processor's caches when its turn comes again; kernels take turns, copy by copy. Times are medians of single calls.
 
-ns        nanoseconds per cell and KV head
+ns        nanoseconds per cell and KV head, of one sequence
 GB/s      bytes of K and V rows per time
 share     of the read bandwidth with as many threads: memchr() for a byte that is not there, a part of 256 MiB a thread
 x ggml    how many times faster than ggml
 
-Our threads are started for every call, what that takes is said at the start; ggml's are kept where it has OpenMP. With
-several threads both need processors of their own: on a busy machine ggml's wait for each other at every barrier.
+Our threads are started for every call, what that takes is said at the start; ggml's are kept where it has OpenMP, and a model
+keeps both. Several sequences in a call (-b 8) make little of that. With several threads both need processors of their own: on
+a busy machine ggml's wait for each other at every barrier.
 
 stdout carries the results; everything said along the way goes to stderr.
 """
@@ -80,6 +81,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("-n", "--n-kv", type=_ints, default="8192", metavar="N,..", help="cells (default: %(default)s)")
     add("-p", "--n-tokens", type=_ints, default="1", metavar="N,..", help="query tokens (default: %(default)s)")
     add(
+        "-b", "--sequences", type=int, default=1, metavar="N",
+        help="in a call, each with rows of its own (default: %(default)s)",
+    )  # fmt: skip
+    add(
         "-ctk", "--cache-type", type=_names(tuple(FORMATS)), default="q4_0,q8_0,f16", metavar="TYPE,..",
         help="of K and V (default: %(default)s)",
     )  # fmt: skip
@@ -88,8 +93,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("-r", "--repetitions", type=int, default=20, metavar="N", help="calls of each (default: %(default)s)")
     add("-o", "--output", choices=FORMS, help="default: a table, in Markdown when stdout is no terminal")
     args = parser.parse_args(argv)
-    if args.repetitions < 1:
-        parser.error("-r must be at least 1")
+    for name, value in (("-r", args.repetitions), ("-b", args.sequences)):
+        if value < 1:
+            parser.error(f"{name} must be at least 1")
     return args
 
 
@@ -144,15 +150,15 @@ def call_time(n_threads: int) -> float:
 
 
 def measure(
-    shape: list[int], n_kv: int, n_tokens: int, kv_type: str, kernels: list[str], n_threads: int, n: int
+    shape: list[int], n_kv: int, n_tokens: int, kv_type: str, kernels: list[str], n_threads: int, n: int, n_seq: int
 ) -> dict[str, float]:
-    """Seconds per call of each kernel, "ggml" being ggml's."""
+    """Seconds per call and sequence of each kernel, "ggml" being ggml's."""
     n_embd, n_head_kv, n_gqa = shape
     rng = np.random.default_rng(0)
     rows = [
-        ggml.quantize(rng.standard_normal((1, n_kv, n_head_kv, n_embd), np.float32), kv_type).data for _ in range(2)
+        ggml.quantize(rng.standard_normal((n_seq, n_kv, n_head_kv, n_embd), np.float32), kv_type).data for _ in range(2)
     ]
-    q = rng.standard_normal((1, n_tokens, n_head_kv * n_gqa, n_embd), np.float32)
+    q = rng.standard_normal((n_seq, n_tokens, n_head_kv * n_gqa, n_embd), np.float32)
     n_copies = min(1 + -(-2 * cache_size() // sum(x.nbytes for x in rows)), (n + 1) * len(kernels))
 
     times: dict[str, list[float]] = {kernel: [] for kernel in kernels}
@@ -175,7 +181,7 @@ def measure(
                 if i > 0:
                     times[kernel].append(time.perf_counter() - start)
         del ours
-    return {kernel: statistics.median(values) for kernel, values in times.items()}
+    return {kernel: statistics.median(values) / n_seq for kernel, values in times.items()}
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -196,7 +202,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for shape, n_kv, n_tokens, kv_type, n_threads in cases:
         name = "/".join(map(str, shape))
         say(f"{name}, {n_kv} cells, {n_tokens} tokens, {kv_type}, {n_threads} threads")
-        times = measure(shape, n_kv, n_tokens, kv_type, [*args.isa, "ggml"], n_threads, args.repetitions)
+        times = measure(
+            shape, n_kv, n_tokens, kv_type, [*args.isa, "ggml"], n_threads, args.repetitions, args.sequences
+        )
         n_bytes = 2 * n_kv * shape[1] * ggml.row_size(kv_type, shape[0])
         for kernel, seconds in times.items():
             records.append(

@@ -22,8 +22,11 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs memchr() of the program's own")
-def test_figures() -> None:
-    result = bench("-s", "64/2/3", "-n", "100,300", "-ctk", "q4_0,f16", "-t", "1", "-r", "2", "-o", "json")
+@pytest.mark.parametrize("sequences", ["1", "3"])
+def test_figures(sequences: str) -> None:
+    result = bench(
+        "-s", "64/2/3", "-n", "100,300", "-ctk", "q4_0,f16", "-t", "1", "-r", "2", "-b", sequences, "-o", "json"
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     records = json.loads(result.stdout)
     assert [r["kernel"] for r in records] == [*isas(), "ggml"] * 4
@@ -43,6 +46,7 @@ def test_figures() -> None:
         (["-ctk", "q2_k"], 2, "must be of f32, f16"),
         (["--isa", "sse2"], 2, f"must be of {', '.join(isas())}"),
         (["-r", "0"], 2, "-r must be at least 1"),
+        (["-b", "0"], 2, "-b must be at least 1"),
         (["-s", "40/1/1", "-n", "8", "-t", "1", "-r", "1"], 1, "which do not divide a row of 40"),
     ],
 )
