@@ -723,3 +723,10 @@ def test_own_patches_only_insert_call_sites():
     assert sum(patch.added for patch in patches) <= vendor.MAX_ADDED_LINES
     for patch in patches:
         assert patch.header.strip(), f"{patch.path} does not say what it is for"
+
+
+def test_the_readme_says_how_much_is_patched() -> None:
+    result = subprocess.run([sys.executable, TOOLS / "vendor.py", "check"], capture_output=True, text=True, timeout=60)
+    n_patches, n_lines = result.stdout.splitlines()[-1].split(" added lines")[0].split(" patches, ")
+    readme = " ".join((TOOLS.parent / "README.md").read_text(encoding="utf-8").split())
+    assert result.returncode == 0 and f"{n_patches} patches that add {n_lines} lines" in readme
