@@ -47,6 +47,7 @@ def attention(
     max_bias: float = 0.0,
     n_rot: tuple[int, int] = (0, 0),
     means: np.ndarray | None = None,
+    v_skip: float = 0.0,
     n_threads: int = 1,
     isa: str | None = None,
 ) -> np.ndarray:
@@ -73,6 +74,10 @@ def attention(
             back.
         means: float16 of shape [n_stream, n_page, n_head_kv, n_embd_k]: what is added to the cold rows of K, page by
             page of 128 cells, in the basis of the rows; None: nothing is.
+        v_skip: The share of a query's weights that cold cells may have together whose V is left unread: each has no more
+            than v_skip/n_kv of the query's total, n_kv being all cells, hot and cold. For up to 16 queries to a KV head,
+            with cold rows of whole blocks of 32 values, and where there are more tiles of 128 cold cells than of hot ones,
+            and some of these; 0: all is read.
         n_threads: Threads, 1 to 512.
         isa: One of isas(); None: the best.
 
@@ -84,7 +89,7 @@ def attention(
     """
     return Attention(
         q, cold, hot, types=types, mask=mask, sinks=sinks, scale=scale, logit_softcap=logit_softcap, max_bias=max_bias,
-        n_rot=n_rot, means=means,
+        n_rot=n_rot, means=means, v_skip=v_skip,
     ).compute(n_threads, isa)  # fmt: skip
 
 
@@ -110,6 +115,10 @@ class Attention:
             back.
         means: float16 of shape [n_stream, n_page, n_head_kv, n_embd_k]: what is added to the cold rows of K, page by
             page of 128 cells, in the basis of the rows; None: nothing is.
+        v_skip: The share of a query's weights that cold cells may have together whose V is left unread: each has no more
+            than v_skip/n_kv of the query's total, n_kv being all cells, hot and cold. For up to 16 queries to a KV head,
+            with cold rows of whole blocks of 32 values, and where there are more tiles of 128 cold cells than of hot ones,
+            and some of these; 0: all is read.
 
     Raises:
         ParamsError: For arguments that can not be used or do not fit together.
@@ -129,6 +138,7 @@ class Attention:
         max_bias: float = 0.0,
         n_rot: tuple[int, int] = (0, 0),
         means: np.ndarray | None = None,
+        v_skip: float = 0.0,
     ) -> None:
         q = _array("q", q, ("float32",), 4)
         n_stream, n_tokens, n_head, n_embd_k = q.shape
@@ -162,6 +172,8 @@ class Attention:
             _check_shape("means", means, (n_stream, n_page, n_head_kv, n_embd_k))
         for name, value in (("logit_softcap", logit_softcap), ("max_bias", max_bias)):
             check_float(value, name, 0.0)
+        if not 0 <= check_float(v_skip, "v_skip") < 1:
+            raise ParamsError(f"v_skip must be from 0 to below 1, not {v_skip:g}.")
         if scale is not None:
             check_float(scale, "scale")
         if not isinstance(n_rot, tuple) or len(n_rot) != 2:
@@ -195,6 +207,7 @@ class Attention:
         args.logit_softcap = logit_softcap
         args.max_bias = max_bias
         args.n_rot_k, args.n_rot_v = n_rot
+        args.v_skip = v_skip
         args.dst = _pointer(self._out, "float *")
 
     def compute(self, n_threads: int = 1, isa: str | None = None) -> np.ndarray:

@@ -130,6 +130,8 @@ class KVMixedParams:
             are.
         attn: "fused": our own kernel, for a cache in a CPU's memory, here or on an RPC server, and where a device has
             one; "compose": stock ggml operations; "auto": fused where that is possible.
+        v_skip: Where the fused kernel decodes on a CPU: the share of a query's weights that cold cells may have together
+            whose V is left unread, from 0 to below 1; 0: all is read.
 
     Raises:
         ParamsError: For a value that can not be used.
@@ -145,6 +147,7 @@ class KVMixedParams:
     cold_size: int = 0
     mean: bool = True
     attn: Literal["auto", "fused", "compose"] = "auto"
+    v_skip: float = 0.0
 
     def __post_init__(self) -> None:
         if self.hot != "auto":
@@ -154,11 +157,14 @@ class KVMixedParams:
         _check_int(self, "cold_size", 0, _COUNT_MAX)
         if self.sink >= self.n_hot:
             raise ParamsError(f"sink must be less than hot ({self.n_hot}), not {self.sink}.")
-        _check_float(self, "threshold")
-        # what the library keeps is a float, so that is the value here too
-        object.__setattr__(self, "threshold", float(str(np.float32(self.threshold))))
+        for name in ("threshold", "v_skip"):
+            _check_float(self, name)
+            # what the library keeps is a float, so that is the value here too
+            object.__setattr__(self, name, float(str(np.float32(getattr(self, name)))))
         if not 0 < self.threshold <= 1:
             raise ParamsError(f"threshold must be over 0 and at most 1, not {self.threshold:g}.")
+        if not 0 <= self.v_skip < 1:
+            raise ParamsError(f"v_skip must be from 0 to below 1, not {self.v_skip:g}.")
         _check_bool(self, "mean")
         _check_name(self, "attn", ATTN_TYPES)
         for name, possible in (("cold", ("auto",)), ("cold_k", ("auto", None)), ("cold_v", ("auto", None))):
@@ -228,7 +234,11 @@ class KVMixedParams:
         size = f",cold_size={self.cold_size}" if self.cold_size else ""
         mean = "" if self.mean else ",mean=off"
         attn = f",attn={self.attn}" if self.attn != "auto" else ""
-        return f"hot={self.hot},{cold},group={self.group},threshold={self.threshold},sink={self.sink}{size}{mean}{attn}"
+        skip = f",v_skip={self.v_skip}" if self.v_skip else ""
+        return (
+            f"hot={self.hot},{cold},group={self.group},threshold={self.threshold},sink={self.sink}"
+            f"{size}{mean}{attn}{skip}"
+        )
 
     @classmethod
     def from_c(cls, c_params: Any) -> KVMixedParams:
@@ -244,6 +254,7 @@ class KVMixedParams:
             cold_size=c_params.n_cold,
             mean=c_params.mean != 0,
             attn=list(ATTN_TYPES)[c_params.attn],
+            v_skip=c_params.v_skip,
         )
 
     def to_c(self) -> Any:
@@ -259,6 +270,7 @@ class KVMixedParams:
         c_params.type_cold_v = _TYPE_AUTO if v == "auto" else FORMATS[v].type
         c_params.mean = self.mean
         c_params.attn = ATTN_TYPES[self.attn]
+        c_params.v_skip = self.v_skip
         return c_params
 
 

@@ -22,19 +22,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # what pytest runs unless told otherwise
-TESTS = ["tests/cache", "tests/attention/test_attention.py", "tests/python/test_context.py"]
+TESTS = ["tests/cache", "tests/attention/test_attention.py", "tests/attention/test_skip.py", "tests/python/test_context.py"]
 
 # --quick: files and folders, and what -k takes of them
 QUICK = {
     # each of them once, without the long ones: random histories of a cache, and most of the kernel's cases
     "asan": (
         ["tests/cache", "tests/attention/test_attention.py", "tests/attention/test_quantize.py",
-         "tests/rpc/test_nodes.py", "tests/rpc/test_fuzz.py"],
+         "tests/attention/test_skip.py", "tests/rpc/test_nodes.py", "tests/rpc/test_fuzz.py"],
         "not test_cache_machine and not emulated and (not any_case or q4_0-q4_0)",
     ),
     # what several threads do at a time: move tokens and compute, read a trace, take turns with a cache
     "tsan": (
-        ["tests/cache", "tests/trace", "tests/attention/test_attention.py"],
+        ["tests/cache", "tests/trace", "tests/attention/test_attention.py", "tests/attention/test_skip.py"],
         "two_threads or test_the_ring or overflows or another_thread or threads_take_turns or agree",
     ),
 }

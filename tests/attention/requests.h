@@ -42,7 +42,7 @@ struct attn_request {
     int64_t sinks;                                                 // 1: there are some
     int64_t n_rot_k, n_rot_v;
     int64_t n_page;                                                // of means, 0: there are none
-    double  scale, logit_softcap, max_bias;
+    double  scale, logit_softcap, max_bias, v_skip;
 };
 
 // rows that are stored as another type; the answer is their bytes
@@ -168,6 +168,7 @@ inline llama_kv_mixed_attn_args attn_data_args(const attn_data & d, float * dst)
     a.scale         = (float) r.scale;
     a.logit_softcap = (float) r.logit_softcap;
     a.max_bias      = (float) r.max_bias;
+    a.v_skip        = (float) r.v_skip;
     a.n_rot_k       = r.n_rot_k;
     a.n_rot_v       = r.n_rot_v;
 

@@ -179,6 +179,12 @@ def bounds(data: Data, expected: Expected, isa: str | None = None) -> tuple[np.n
         worst_out += most * (p[..., cold] @ np.abs(v_cold)) @ np.abs(rot_v)
         square += mean**2 * (np.square(p[..., cold]) @ np.square(v_cold)) @ np.square(rot_v)
 
+    if c.skips:
+        # Of these cells V may be left unread. The kernel's weights are off by what its scores are: 2 is far more.
+        dropped = np.where(p[..., cold] <= 2 * c.v_skip / n_kv, p[..., cold], 0)
+        worst_out += dropped @ np.abs(v[..., cold, :])
+        square += np.square(dropped) @ np.square(v[..., cold, :])
+
     return to_out(c, worst_out), math.sqrt(square.mean())
 
 
@@ -410,12 +416,12 @@ def at_the_end(array):
 for kv_type, n_tokens, (n_cold, n_hot), n_embd in itertools.product(
     ["q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1", "q8_0", "f16", "f32"],
     [1, 40],
-    [(64, 1), (63, 64), (5, 3), (0, 7)],
+    [(64, 1), (63, 64), (5, 3), (0, 7), (299, 70)],
     [64, 96],
 ):
     case = Case(
         cold_k=kv_type, cold_v=kv_type, n_embd_k=n_embd, n_embd_v=n_embd, n_cold=n_cold, n_hot=n_hot, n_head_kv=1,
-        n_tokens=n_tokens, mask="causal", sinks=True,
+        n_tokens=n_tokens, mask="causal", sinks=True, v_skip=0.1,
     )
     data = make_data(case)
     expected = [data.compute(isa).tobytes() for isa in ISAS]
@@ -599,9 +605,12 @@ def test_the_error_is_not_above_ggmls(kv_type: str, n_tokens: int, record_proper
         # we are, but for the order of the sums; and rounds the query to 8 bits for any number of tokens (2**-8 of a
         # block's largest value); we round weights of Q8_0 rows to 2**-15 of the largest where tokens are few
         share = 1.0 if n_tokens == 64 and kv_type == "f16" else 2**-4 if n_tokens == 1 and kv_type == "q8_0" else 1e-2
-        if Case(cold_k=kv_type, cold_v=kv_type, n_tokens=n_tokens).products(None)[0] != "float":
+        products = Case(cold_k=kv_type, cold_v=kv_type, n_tokens=n_tokens).products(None)
+        if products[0] != "float":
             share = 1.0  # 8 bits of every number, or of a block's largest one: as ggml's query, which is all that is off then
-        assert ours < share * theirs
+        # where the query is rounded as ggml's is, and V beside that to BF16 (see bounds()), the squares add up
+        beside = 0.41 * math.sqrt(2) * B if products == ("int", "bf16") else 0.0
+        assert ours < math.hypot(share * theirs, beside)
 
 
 #

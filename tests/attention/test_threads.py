@@ -84,16 +84,17 @@ def other_work() -> Iterator[None]:
 
 THREADS = [4, 8, 16]
 
-# tasks of several heads and their merge, of one head and its merge, blocks of a prompt
+# tasks of several heads and their merge, of one head and its merge, tasks that wait for those of hot cells, blocks of a prompt
 WORK = [
     Case(n_head_kv=16, n_gqa=2, n_cold=5000),
     Case(n_head_kv=1, n_cold=5000, mask="sparse"),
+    Case(n_head_kv=16, n_gqa=2, n_cold=5000, q_size=8.0, v_skip=0.1),
     Case(n_tokens=130, n_cold=1000, mask="causal"),
 ]
 
 
 @pytest.mark.parametrize("n_threads", THREADS)
-@pytest.mark.parametrize("case", WORK, ids=["heads", "cells", "prompt"])
+@pytest.mark.parametrize("case", WORK, ids=["heads", "cells", "skip", "prompt"])
 def test_more_threads_than_processors(case: Case, n_threads: int, other_work: None) -> None:
     """Tasks are taken by whoever is free, and are the same ones: a thread that has to wait holds nobody up for more than
     its own, and changes no bit."""

@@ -60,6 +60,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "n_rot_k": (0, 16, 64, 128),  # how cold rows are rotated
     "n_rot_v": (0, 16, 64, 128),
     "mean": (0.0, 0.3, 3.0),  # size of the means of K, 0: rows are stored as they are
+    "v_skip": (0.0, 0.01, 0.5),
 }
 
 
@@ -88,6 +89,7 @@ class Case:
     n_rot_k: int = 0
     n_rot_v: int = 0
     mean: float = 0.0
+    v_skip: float = 0.0
     seed: int = 0
 
     def __str__(self) -> str:
@@ -104,6 +106,12 @@ class Case:
         if self.cold_k not in COARSE or (name == "avx2" and self.cold_k == "iq4_nl"):
             k = "float"
         return ("float", "float") if self.direct else (k, v if self.cold_v in COARSE else "float")
+
+    @property
+    def skips(self) -> bool:
+        """Whether rows of V may be left unread."""
+        n_cold, n_hot = (-(-n // TILE) for n in (self.n_cold, self.n_hot))
+        return self.v_skip > 0 and self.direct and self.n_embd_v % BLOCK == 0 and n_cold > n_hot > 0
 
     @property
     def cost(self) -> int:
@@ -193,7 +201,7 @@ class Data:
         c = self.case
         return {
             "mask": self.mask, "sinks": self.sinks, "scale": self.scale, "logit_softcap": c.logit_softcap,
-            "max_bias": c.max_bias, "n_rot": (c.n_rot_k, c.n_rot_v), "means": self.means,
+            "max_bias": c.max_bias, "n_rot": (c.n_rot_k, c.n_rot_v), "means": self.means, "v_skip": c.v_skip,
         }  # fmt: skip
 
     def compute(self, isa: str | None = None, n_threads: int = 1) -> np.ndarray:

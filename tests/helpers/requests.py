@@ -100,6 +100,7 @@ class Program:
         max_bias: float,
         n_rot: tuple[int, int],
         means: np.ndarray | None,
+        v_skip: float = 0.0,
         n_threads: int = 1,
     ) -> np.ndarray:
         """llamamix.attention() of arrays as that takes them; segments: types and rows of K and V, cold and hot."""
@@ -114,9 +115,9 @@ class Program:
         n_embd_v = hot_v.shape[3]  # hot rows are not quantised
         arrays += [x for x in (mask, sinks, means) if x is not None]
         header = struct.pack(
-            "22q3d", n_threads, n_embd_k, n_embd_v, n_head, segments[0][0][1].shape[2], n_tokens, n_stream, *sizes,
+            "22q4d", n_threads, n_embd_k, n_embd_v, n_head, segments[0][0][1].shape[2], n_tokens, n_stream, *sizes,
             0 if mask is None else mask.itemsize, int(sinks is not None), *n_rot,
-            0 if means is None else means.shape[1], scale, logit_softcap, max_bias,
+            0 if means is None else means.shape[1], scale, logit_softcap, max_bias, v_skip,
         )  # fmt: skip
         answer = self.ask(how, ATTN, header, *arrays)
         return np.frombuffer(answer, np.float32).reshape(n_stream, n_tokens, n_head, n_embd_v)

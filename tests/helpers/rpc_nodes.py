@@ -53,10 +53,11 @@ def n_bytes(t: Tensor) -> int:
 
 
 def params(function: int = NOWHERE, magic: int = MAGIC, version: int = VERSION, kind: int = ATTN, is_host: int = 0,
-           scale: float = 0.125, max_bias: float = 0.0, softcap: float = 0.0, n_rot_k: int = 0, n_rot_v: int = 0) -> tuple[int, ...]:  # fmt: skip
+           scale: float = 0.125, max_bias: float = 0.0, softcap: float = 0.0, n_rot_k: int = 0, n_rot_v: int = 0,
+           v_skip: float = 0.0) -> tuple[int, ...]:  # fmt: skip
     """op_params of a node: a host function's address, the number of tasks, its data, then what it says of itself."""
-    data = struct.pack("<QiiQihhifffii", function, -1, 0, NOWHERE, magic, version, kind, is_host, scale, max_bias, softcap,
-                       n_rot_k, n_rot_v)  # fmt: skip
+    data = struct.pack("<QiiQihhifffiif", function, -1, 0, NOWHERE, magic, version, kind, is_host, scale, max_bias, softcap,
+                       n_rot_k, n_rot_v, v_skip)  # fmt: skip
     return struct.unpack(f"<{N_PARAMS}i", data.ljust(4 * N_PARAMS, b"\0"))
 
 

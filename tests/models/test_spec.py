@@ -42,6 +42,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "threshold=0.25": {"threshold": 0.25},
     "threshold=1e-3": {"threshold": 1e-3},
     "attn=auto": {},
+    "v_skip=0": {},
+    "v_skip=0.01,cold=f16": {"v_skip": 0.01, "cold": "f16"},
     "mean=off": {"mean": False},
     "mean=0": {"mean": False},
     "mean=on": {},
@@ -90,6 +92,9 @@ BAD = {
     "threshold=-0.5": "threshold=-0.5 is outside (0, 1]",
     "threshold=80%": "threshold=80% is not a number",
     "threshold=nan": "threshold=nan is not a number",
+    "v_skip=1": "v_skip=1 is outside [0, 1)",
+    "v_skip=-1e-3": "v_skip=-0.001 is outside [0, 1)",
+    "v_skip=off": "v_skip=off is not a number",
     "attn=flash": "attn=flash is not auto, fused or compose",
     "attn=Fused": "attn=Fused is not auto, fused or compose",
     "attn=1": "attn=1 is not auto, fused or compose",
@@ -98,8 +103,8 @@ BAD = {
     "cold_k=q4_K": f"cold_k=q4_K is not a KV cache type ({TYPES})",
     "cold_v=i8": f"cold_v=i8 is not a KV cache type ({TYPES})",
     "hot=64,hot=64": "hot is given twice",
-    "warm=64": "unknown key 'warm' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, mean, attn)",
-    "HOT=64": "unknown key 'HOT' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, mean, attn)",
+    "warm=64": "unknown key 'warm' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, mean, attn, v_skip)",
+    "HOT=64": "unknown key 'HOT' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, mean, attn, v_skip)",
 }
 
 

@@ -247,7 +247,7 @@ def test_server_log_and_endpoints(serve: Callable[..., Client], tiny_model: Mode
     assert props == {
         "spec": props["spec"], "hot": 64, "cold_size": 448, "n_stream": 1, "type_hot_k": "f16", "type_hot_v": "f16",
         "type_cold_k": "iq4_nl", "type_cold_v": "iq4_nl", "group": 16, "threshold": 0.8, "sink": 4, "mean": True,
-        "attn": "auto", "bytes": stats.bytes_hot + stats.bytes_cold, "bytes_plain": stats.bytes_plain,
+        "attn": "auto", "v_skip": 0.0, "bytes": stats.bytes_hot + stats.bytes_cold, "bytes_plain": stats.bytes_plain,
     }  # fmt: skip
 
     before = client.metrics()

@@ -103,7 +103,7 @@ def test_the_librarys_text_is_short() -> None:
 
     assert text("1") == "hot=auto,cold=auto"
     assert text("quality,threshold=0.80,mean=1") == "hot=auto,cold_k=q5_0,cold_v=auto"
-    everything = "hot=100,cold=q8_0,group=64,threshold=0.123,sink=0,cold_size=9,mean=off,attn=compose"
+    everything = "hot=100,cold=q8_0,group=64,threshold=0.123,sink=0,cold_size=9,mean=off,attn=compose,v_skip=0.01"
     assert text(everything) == everything
 
 
@@ -361,7 +361,7 @@ def test_structs_are_read_as_far_as_they_go(tiny_model: Model) -> None:
     assert make(ffi.offsetof("struct llama_kv_mixed_shape", "type_k"), KVMixedParams(hot=64).to_c()) is not None
 
 
-@pytest.mark.parametrize(("size", "ok"), [(0, False), (8, False), (-40, True), (0x1000, False)])
+@pytest.mark.parametrize(("size", "ok"), [(0, False), (8, False), (-48, True), (0x1000, False)])
 def test_arguments_of_attention_are_read_as_far_as_they_go(size: int, ok: bool) -> None:
     rows = np.ones((1, 8, 1, 32), np.float16)
     attention = Attention(np.ones((1, 1, 1, 32), np.float32), None, (rows, rows), types=("f16", "f16"))
@@ -369,7 +369,7 @@ def test_arguments_of_attention_are_read_as_far_as_they_go(size: int, ok: bool) 
     args.struct_size = size if size >= 0 else ffi.sizeof(args[0]) + size
     code = lib.llama_kv_mixed_attn(args, 1, ffi.NULL)
     assert code == -1 and ("bytes" in last_error() or last_error() == "q and dst must not be NULL")
-    assert ("dst" in last_error()) == ok  # the last field but the means of K, which may be left out
+    assert ("dst" in last_error()) == ok  # the last field but the means of K and v_skip, which may be left out
 
 
 def test_what_tests_need_is_no_part_of_the_interface() -> None:

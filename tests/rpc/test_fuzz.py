@@ -41,6 +41,7 @@ SEEDS = [
     Node(cold="q8_0", n_tokens=3, n_stream=2, mean=True, options={"n_rot_k": 64, "n_rot_v": 64}),
     Node(cold="iq4_nl", n_tokens=20, options={"max_bias": 8.0}),
     Node(cold="q5_1", n_cold=700, n_embd=128, options={"softcap": 20.0}),
+    Node(cold="q4_0", n_cold=700, options={"v_skip": 0.3}),
     Node(cold="f32", hot="f32", mask_f16=False, n_embd=40, n_head=3, n_head_kv=3),
     Node(cold="bf16", n_embd=96, n_head=8, n_head_kv=1, n_hot=129),
     Move("q4_0", 64),

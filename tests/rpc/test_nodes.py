@@ -180,6 +180,8 @@ CUSTOM = {
     "rotated in blocks of 24": ({"n_rot_k": 24}, ROWS),
     "rotated in blocks that do not divide a head": ({"n_rot_v": 128}, ROWS),
     "rotated in blocks below 0": ({"n_rot_v": -64}, ROWS),
+    "with all of V unread": ({"v_skip": 1.0}, ROWS),
+    "with no number of V unread": ({"v_skip": float("nan")}, ROWS),
 }
 
 

@@ -105,6 +105,18 @@ def test_the_default_is_as_here(cluster: Cluster, make: Make) -> None:
     assert contexts[1].stats.type_cold_k == "iq4_nl"
 
 
+def test_rows_of_v_are_left_unread_there_as_well(cluster: Cluster, make: Make) -> None:
+    def words(model: Model, v_skip: float) -> np.ndarray:
+        context = make(model, kv_mixed=mixed("q4_0", v_skip=v_skip))
+        context.decode(random_tokens(400))
+        context.decode([5])
+        return context.logits.copy()
+
+    expected = words(cluster.local, 0.1)
+    np.testing.assert_array_equal(words(cluster.over(2), 0.1), expected)
+    assert not np.array_equal(words(cluster.local, 0.0), expected)
+
+
 @pytest.mark.parametrize("flash_attn", ["off", "on"])
 def test_cold_rows_like_hot_ones_are_a_plain_cache(flash_attn: str, cluster: Cluster, make: Make) -> None:
     params = F32 | {"flash_attn": flash_attn}

@@ -29,7 +29,7 @@ common_arg common_kv_mixed_arg() {
         "and parameters after it (quality,hot=1024)\n"
         "presets:\n" + get_presets() +
         "parameters: hot=N, cold=TYPE, cold_k=TYPE, cold_v=TYPE, cold_size=N, group=N, threshold=SHARE, sink=N, mean=on|off, "
-        "attn=auto|fused|compose\n"
+        "attn=auto|fused|compose, v_skip=SHARE\n"
         "a quantised -ctk or -ctv is the cold type, unless SPEC names one\n"
         "(default: what the variable LLAMA_KV_MIXED says, else off)",
         [](common_params &, const std::string & value) {

@@ -32,6 +32,9 @@ struct llama_kv_mixed_params {
     int32_t attn;        // enum llama_kv_mixed_attn_type
 
     int32_t mean;        // 1: where cold K is quantised, its rows are stored less the mean of their page of 128 cells; 0: as they are
+
+    float v_skip;        // where the fused kernel decodes on a CPU: the share of a query's weights that cold cells may have together whose
+                         // V is left unread, [0, 1); 0: all is read
 };
 
 // What a mixed KV cache holds and has done so far.
@@ -64,7 +67,7 @@ struct llama_kv_mixed_stats {
     uint64_t bytes_rest;     // bytes allocated for what is not mixed: the cache of sliding windows, recurrent states
 };
 
-// hot auto (0), cold auto (-1), group 128, threshold 0.8, sink 4, attn auto, mean 1
+// hot auto (0), cold auto (-1), group 128, threshold 0.8, sink 4, attn auto, mean 1, v_skip 0
 struct llama_kv_mixed_params llama_kv_mixed_default_params(void);
 
 // Reads a spec such as "hot=512,cold=q4_0,group=128,threshold=0.8,sink=4" into *params. It may begin with the name of a preset
@@ -412,6 +415,11 @@ struct llama_kv_mixed_attn_args {
     // head, page of 128 cells, stream; nb_k_mean: bytes from one of these to the next. null: they are stored as they are
     const void * k_mean;
     size_t nb_k_mean[3];
+
+    // The share of a query row's weights that cells of seg[0] may have together whose V is left unread: each has no more than
+    // v_skip/n of the row's total, n being all cells. For few query rows, and where seg[0] has more cells than seg[1], which it
+    // can not do without. 0: all is read
+    float v_skip;
 };
 
 // Computes args->dst on so many threads, or on those that can be started. isa: the instruction set, NULL for the best one that this machine has.

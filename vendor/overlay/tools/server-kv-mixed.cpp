@@ -101,6 +101,7 @@ common_json server_kv_mixed::get_props(llama_context * ctx) {
         {"sink",        params.n_sink},
         {"mean",        params.mean != 0},
         {"attn",        attn_names[params.attn]},
+        {"v_skip",      std::round(params.v_skip*1e6)/1e6},
         {"bytes",       stats.bytes_hot + stats.bytes_cold},
         {"bytes_plain", stats.bytes_plain},
     };

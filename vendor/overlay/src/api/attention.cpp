@@ -36,6 +36,9 @@ static const llama_kv_mixed_isa & check_args(const llama_kv_mixed_attn_args * ar
             throw std::invalid_argument(format("blocks of %d values can not be rotated in heads of %d", (int) n_rot, (int) n_embd));
         }
     }
+    if (!(args->v_skip >= 0.0f && args->v_skip < 1.0f)) {
+        throw std::invalid_argument(format("v_skip=%g is outside [0, 1)", args->v_skip));
+    }
     for (const auto & seg : args->seg) {
         if (seg.n_kv < 0) {
             throw std::invalid_argument("n_kv is negative");

@@ -24,6 +24,8 @@ struct workspace {
     float   * m;
     float   * s;
     float   * slope;
+    float   * m_hot;
+    float   * s_hot;
     // for all heads
     float   * pmax;
     float   * mean;
@@ -46,6 +48,8 @@ V_INLINE workspace get_workspace(const attn_plan & p, float * scratch, int64_t p
     w.m     = l.m    .get(scratch, h);
     w.s     = l.s    .get(scratch, h);
     w.slope = l.slope.get(scratch, h);
+    w.m_hot = l.m_hot.get(scratch, h);
+    w.s_hot = l.s_hot.get(scratch, h);
     w.pmax  = l.pmax .get(scratch);
     w.mean  = l.mean .get(scratch);
     w.S     = l.S    .get(scratch);
@@ -104,7 +108,7 @@ V_INLINE void expand_in_steps(const llama_kv_mixed_format & format, const tile &
 
 // a tile that has been expanded
 V_INLINE tile as_floats(const tile & t, const float * data, int64_t ld) {
-    return { { (const uint8_t *) data, ld*sizeof(float), 0 }, t.n, ld/BLOCK, {} };
+    return { { (const uint8_t *) data, ld*sizeof(float), 0 }, t.n, ld/BLOCK, {}, nullptr, 0 };
 }
 
 // the rows of a segment's tile, and their formats
@@ -196,10 +200,9 @@ KVM_UNROLL
     }
 }
 
-// few query rows
-void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows, int64_t n_tokens, const kv_tile & kv, const mask_kind * kind) {
+// few query rows: the weights of a tile's cells, as they meet its rows of V
+llama_kv_mixed_acc weigh(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows, int64_t n_tokens, const kv_tile & kv, const mask_kind * kind) {
     const tile & k = kv.k;
-    const tile & v = kv.v;
 
     // rows as they are stored meet the query without the mean, which then adds the same to all of a row's scores
     const bool is_direct = kv.format_k.dot && a.n_embd_k % BLOCK == 0;
@@ -225,12 +228,17 @@ void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64
 
     scores_to_weights(a, p, w, 0, n_rows, k.n, add_mean, kind, w.pmax);
 
-    llama_kv_mixed_acc acc = { n_rows, w.S, w.pmax, masked, v, w.O, p.ld_v };
+    return { n_rows, w.S, w.pmax, masked, kv.v, w.O, p.ld_v };
+}
+
+// few query rows
+void attend(const attn_args & a, const attn_plan & p, const workspace & w, int64_t n_rows, int64_t n_tokens, const kv_tile & kv, const mask_kind * kind) {
+    auto acc = weigh(a, p, w, n_rows, n_tokens, kv, kind);
     if (kv.format_v.acc && a.n_embd_v % BLOCK == 0) {
         kv.format_v.acc(acc);
     } else {
-        expand(kv.format_v, v, a.n_embd_v, w.V, p.ld_v);
-        acc.v = as_floats(v, w.V, p.ld_v);
+        expand(kv.format_v, kv.v, a.n_embd_v, w.V, p.ld_v);
+        acc.v = as_floats(kv.v, w.V, p.ld_v);
         format_f32.acc(acc);
     }
 }

@@ -28,6 +28,12 @@ struct llama_kv_mixed_attn_plan {
     int64_t n_chunk;   // parts of the cells
     int64_t n_tile;    // tiles of cells per chunk
     int64_t n_task;
+
+    // Where rows of V may be left unread (see skip.h) no chunk is of both segments, and the last ones are those of the second.
+    // Their tasks are the first, and all others wait for them. Else 0.
+    int64_t n_chunk_hot;
+    int64_t n_task_hot;
+
     int64_t n_hpt;     // KV heads per task
     int64_t n_query;   // heads whose queries a thread keeps for later tasks
 
@@ -52,12 +58,23 @@ llama_kv_mixed_attn_plan llama_kv_mixed_attn_make_plan(const llama_kv_mixed_attn
 // whether the kernels take these sizes
 bool llama_kv_mixed_attn_supports(int64_t n_embd_k, int64_t n_embd_v, int64_t n_gqa);
 
-// a thread's share of the tasks; next: the task to be taken next, shared by all threads
+// how far all threads are
+struct llama_kv_mixed_attn_progress {
+    std::atomic<int64_t> next { 0 }; // the task to be taken next
+    std::atomic<int64_t> hot  { 0 }; // how many of n_task_hot are done
+
+    void reset() {
+        next = 0;
+        hot  = 0;
+    }
+};
+
+// a thread's share of the tasks
 void llama_kv_mixed_attn_run(
     const llama_kv_mixed_isa & isa,
       const llama_kv_mixed_attn_args & args,
       const llama_kv_mixed_attn_plan & plan,
-                std::atomic<int64_t> & next,
+        llama_kv_mixed_attn_progress & progress,
                                float * partial,
                                float * scratch,
                                    int n_threads);

@@ -6,9 +6,6 @@
 
 #include <algorithm>
 
-// few query rows: cells are used as they are stored; more: they are expanded first
-static const int64_t max_rows_direct = 16;
-
 static const int64_t tile_size = LLAMA_KV_MIXED_TILE;
 
 // as many tasks as keep the threads of a large machine busy to the end
@@ -38,7 +35,7 @@ llama_kv_mixed_attn_plan llama_kv_mixed_attn_make_plan(const llama_kv_mixed_attn
     llama_kv_mixed_attn_plan res = {};
 
     res.n_gqa = args.n_head/args.n_head_kv;
-    res.gemm  = res.n_gqa*args.n_tokens > max_rows_direct;
+    res.gemm  = res.n_gqa*args.n_tokens > LLAMA_KV_MIXED_ATTN_FEW_ROWS;
     res.n_tpb = res.gemm ? LLAMA_KV_MIXED_ATTN_MAX_ROWS/res.n_gqa : args.n_tokens;
 
     // blocks of nearly equal size
@@ -51,7 +48,9 @@ llama_kv_mixed_attn_plan llama_kv_mixed_attn_make_plan(const llama_kv_mixed_attn
         res.row_size[i][1] = ggml_row_size((ggml_type) args.seg[i].type_v, args.n_embd_v);
     }
 
-    const int64_t n_tile = div_up(args.seg[0].n_kv, tile_size) + div_up(args.seg[1].n_kv, tile_size);
+    const int64_t n_tile_cold = div_up(args.seg[0].n_kv, tile_size);
+    const int64_t n_tile_hot  = div_up(args.seg[1].n_kv, tile_size);
+    const int64_t n_tile      = n_tile_cold + n_tile_hot;
     const int64_t n_part = args.n_stream*res.n_block*args.n_head_kv; // tasks of one head without a split over cells
 
     // tiles per chunk for so many tasks, no less than two
@@ -74,6 +73,17 @@ llama_kv_mixed_attn_plan llama_kv_mixed_attn_make_plan(const llama_kv_mixed_attn
 
     if (res.gemm || res.n_task < min_tasks_grouped) {
         set_split(1, get_n_tile(1, n_part >= n_task_wanted/4 ? n_part : n_task_wanted));
+    }
+
+    // a chunk for each tile of hot cells, so that those who wait do so for the shortest time
+    const auto * format_v = llama_kv_mixed_find_format(args.seg[0].type_v);
+    if (args.v_skip > 0.0f && !res.gemm && n_tile_hot > 0 && n_tile_cold > n_tile_hot &&
+            format_v && format_v->acc && args.n_embd_v % LLAMA_KV_MIXED_BLOCK == 0) {
+        const int64_t n_task_chunk = n_part/res.n_hpt;
+        res.n_chunk_hot = n_tile_hot;
+        res.n_chunk     = div_up(n_tile_cold, res.n_tile) + res.n_chunk_hot;
+        res.n_task      = n_task_chunk*res.n_chunk;
+        res.n_task_hot  = n_task_chunk*res.n_chunk_hot;
     }
 
     res.ld_k = pad(args.n_embd_k, 32);

@@ -9,7 +9,7 @@ void llama_kv_mixed_attn_run(
     const llama_kv_mixed_isa & isa,
       const llama_kv_mixed_attn_args & args,
       const llama_kv_mixed_attn_plan & plan,
-                std::atomic<int64_t> & next,
+        llama_kv_mixed_attn_progress & progress,
                                float * partial,
                                float * scratch,
                                    int n_threads) {
@@ -18,11 +18,19 @@ void llama_kv_mixed_attn_run(
         memset(plan.layout.kept.get(scratch, i), 0xFF, sizeof(float));
     }
 
-    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+    const auto take = [&] { return progress.next.fetch_add(1, std::memory_order_relaxed); };
 
     for (int64_t task = take(); task < plan.n_task; task = take()) {
+        // those who took these tasks are at work on them, and wait for nobody
+        while (task >= plan.n_task_hot && progress.hot.load(std::memory_order_acquire) < plan.n_task_hot) {
+            std::this_thread::yield();
+        }
         // What this thread will do next is a guess: the others take one task each meanwhile. It is for fetching ahead only.
         isa.attn_task(args, plan, task, std::min(task + n_threads, plan.n_task), partial, scratch);
+
+        if (task < plan.n_task_hot) {
+            progress.hot.fetch_add(1, std::memory_order_release);
+        }
     }
 }
 
@@ -48,14 +56,14 @@ void llama_kv_mixed_attn_compute(const llama_kv_mixed_isa & isa, const llama_kv_
         }
     };
 
-    std::atomic<int64_t> next = 0;
+    llama_kv_mixed_attn_progress progress;
     run([&](int i) {
-        llama_kv_mixed_attn_run(isa, args, plan, next, partial.data(), scratch.data() + i*plan.n_scratch(), n_threads);
+        llama_kv_mixed_attn_run(isa, args, plan, progress, partial.data(), scratch.data() + i*plan.n_scratch(), n_threads);
     });
 
     if (plan.n_partial > 0) {
         const int64_t n_rows = args.n_stream*args.n_tokens*args.n_head;
-        next = 0;
+        std::atomic<int64_t> next = 0;
         run([&](int) {
             for (int64_t i = next++; i < n_threads; i = next++) {
                 isa.attn_merge(args, plan, partial.data(), n_rows*i/n_threads, n_rows*(i + 1)/n_threads);

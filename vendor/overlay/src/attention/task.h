@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "attention/attend.h"
+#include "attention/skip.h"
 
 namespace {
 
@@ -66,20 +66,44 @@ void rotate_back(const attn_args & a, const attn_plan & p, const workspace & w, 
 
 // chunks that lie in the first segment as a whole
 V_INLINE int64_t first_segment_chunks(const attn_args & a, const attn_plan & p) {
-    return (a.seg[0].n_kv + TILE - 1)/TILE/p.n_tile;
+    return p.n_chunk_hot > 0 ? p.n_chunk - p.n_chunk_hot : (a.seg[0].n_kv + TILE - 1)/TILE/p.n_tile;
 }
 
 // what a task is about
 struct place {
     int64_t ikv, chunk, block, stream; // ikv: the first of its KV heads
 
-    // heads next to each other read cells next to each other
-    V_INLINE place(const attn_args & a, const attn_plan & p, int64_t task) :
-        ikv   (task*p.n_hpt % a.n_head_kv),
-        chunk (task*p.n_hpt / a.n_head_kv % p.n_chunk),
-        block (task*p.n_hpt / a.n_head_kv / p.n_chunk % p.n_block),
-        stream(task*p.n_hpt / a.n_head_kv / p.n_chunk / p.n_block) {}
+    int64_t begin, end; // tiles, none lies in both segments
+
+    V_INLINE place(const attn_args & a, const attn_plan & p, int64_t task) {
+        const bool    is_hot  = task < p.n_task_hot;
+        const int64_t n_cold  = p.n_chunk - p.n_chunk_hot;
+        const int64_t n_chunk = is_hot ? p.n_chunk_hot : n_cold;
+
+        task -= is_hot ? 0 : p.n_task_hot;
+
+        // heads next to each other read cells next to each other
+        ikv    = task*p.n_hpt % a.n_head_kv;
+        chunk  = task*p.n_hpt / a.n_head_kv % n_chunk;
+        block  = task*p.n_hpt / a.n_head_kv / n_chunk % p.n_block;
+        stream = task*p.n_hpt / a.n_head_kv / n_chunk / p.n_block;
+
+        const int64_t n_tile_cold = (a.seg[0].n_kv + TILE - 1)/TILE;
+        const int64_t n_tile      = n_tile_cold + (a.seg[1].n_kv + TILE - 1)/TILE;
+
+        const int64_t limit = p.n_chunk_hot > 0 && !is_hot ? n_tile_cold : n_tile;
+
+        begin = is_hot ? n_tile_cold + chunk : chunk*p.n_tile;
+        end   = is_hot ? begin + 1 : begin + p.n_tile < limit ? begin + p.n_tile : limit;
+
+        chunk += is_hot ? n_cold : 0;
+    }
 };
+
+// what a task leaves of a KV head for the merge: O [n_rows][ld_v], m [n_rows], sums of s [n_rows]
+V_INLINE float * get_partial(const attn_args & a, const attn_plan & p, float * partial, int64_t stream, int64_t block, int64_t chunk, int64_t ikv) {
+    return partial + (((stream*p.n_block + block)*p.n_chunk + chunk)*a.n_head_kv + ikv)*p.n_partial;
+}
 
 void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t task_next, float * partial, float * scratch,
         const llama_kv_mixed_products * products) {
@@ -99,18 +123,14 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
 
     const auto workspace_of = [&](int64_t h) { return get_workspace(p, scratch, part0 + h, h); };
 
-    // the chunk's tiles; none lies in both segments
-    const int64_t n_tile[2] = { (a.seg[0].n_kv + TILE - 1)/TILE, (a.seg[1].n_kv + TILE - 1)/TILE };
-
-    const int64_t begin = chunk*p.n_tile;
-    const int64_t end   = begin + p.n_tile < n_tile[0] + n_tile[1] ? begin + p.n_tile : n_tile[0] + n_tile[1];
+    const int64_t n_tile_cold = (a.seg[0].n_kv + TILE - 1)/TILE;
 
     const auto locate = [&](int64_t t, int64_t head_kv, int64_t i_stream, bool is_v) {
-        const int i = t >= n_tile[0];
+        const int i = t >= n_tile_cold;
         const auto & seg = a.seg[i];
         const size_t * nb = is_v ? seg.nb_v : seg.nb_k;
         return rows {
-            (const uint8_t *) (is_v ? seg.v : seg.k) + head_kv*nb[0] + (t - (i ? n_tile[0] : 0))*TILE*nb[1] + i_stream*nb[2], nb[1],
+            (const uint8_t *) (is_v ? seg.v : seg.k) + head_kv*nb[0] + (t - (i ? n_tile_cold : 0))*TILE*nb[1] + i_stream*nb[2], nb[1],
             (int64_t) p.row_size[i][is_v],
         };
     };
@@ -118,13 +138,13 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
     // What is fetched while head h of a tile is worked on: the head's rows of the next tile. Where a task has all heads, whose
     // rows lie side by side, it is an equal part of all these rows instead: they share cache lines.
     const auto locate_next = [&](int64_t it, int64_t h, bool is_v) {
-        const bool last = it + 1 == end;
+        const bool last = it + 1 == here.end;
         if (last && task_next >= p.n_task) {
             return rows {};
         }
-        const int64_t t = last ? after.chunk*p.n_tile : it + 1;
+        const int64_t t = last ? after.begin : it + 1;
         rows res = locate(t, (last ? after.ikv : ikv0) + h, last ? after.stream : stream, is_v);
-        const auto & seg = a.seg[t >= n_tile[0]];
+        const auto & seg = a.seg[t >= n_tile_cold];
         const size_t nb_head = (is_v ? seg.nb_v : seg.nb_k)[0];
         if (p.n_hpt == a.n_head_kv && nb_head*p.n_hpt <= res.nb) {
             res.nb      = (res.nb + p.n_hpt - 1)/p.n_hpt;
@@ -134,11 +154,18 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
         return res;
     };
 
+    // whether rows of V may be left unread, and are not fetched before it is known which
+    const bool skips = p.n_chunk_hot > 0 && task >= p.n_task_hot;
+
+    for (int64_t h = 0; skips && h < p.n_hpt; ++h) {
+        load_hot(p, workspace_of(h), get_partial(a, p, partial, stream, block, p.n_chunk - p.n_chunk_hot, ikv0 + h), a.n_head_kv*p.n_partial, n_rows);
+    }
+
     float * mask = workspace_of(0).mask;
     mask_kind kind[LLAMA_KV_MIXED_ATTN_MAX_ROWS];
 
     // heads [h0, h1) of the task through all its tiles
-    const auto walk = [&](int64_t h0, int64_t h1, decltype(&attend) attend_tile) {
+    const auto walk = [&](int64_t h0, int64_t h1, auto && attend_tile, const auto & finish) {
         for (int64_t h = h0; h < h1; ++h) {
             const workspace w = workspace_of(h);
             for (int64_t r = 0; r < n_rows; ++r) {
@@ -150,8 +177,8 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
 
         int i_seg = -1;
 
-        for (int64_t it = begin; it < end; ++it) {
-            const int i = it >= n_tile[0];
+        for (int64_t it = here.begin; it < here.end; ++it) {
+            const int i = it >= n_tile_cold;
             const auto & seg = a.seg[i];
 
             for (int64_t h = h0; i != i_seg && h < h1; ++h) {
@@ -167,7 +194,7 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
             }
             i_seg = i;
 
-            const int64_t cell = (it - (i ? n_tile[0] : 0))*TILE;
+            const int64_t cell = (it - (i ? n_tile_cold : 0))*TILE;
             const int64_t col  = cell + (i ? a.seg[0].n_kv : 0); // of the mask
             const int n = (int) (seg.n_kv - cell < TILE ? seg.n_kv - cell : TILE);
 
@@ -183,7 +210,7 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
             for (int64_t h = h0; h < h1; ++h) {
                 const auto get_tile = [&](bool is_v) {
                     const int64_t n_block = ((is_v ? a.n_embd_v : a.n_embd_k) + BLOCK - 1)/BLOCK;
-                    return tile { locate(it, ikv0 + h, stream, is_v), n_seen, n_block, locate_next(it, h, is_v) };
+                    return tile { locate(it, ikv0 + h, stream, is_v), n_seen, n_block, is_v && skips ? rows {} : locate_next(it, h, is_v), nullptr, 0 };
                 };
 
                 const uint8_t * mean = nullptr;
@@ -192,9 +219,10 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
                 }
 
                 attend_tile(a, p, workspace_of(h), n_rows, n_tokens,
-                    { get_format(seg.type_k), get_format(seg.type_v), get_tile(false), get_tile(true), mean, products }, kind);
+                    kv_tile { get_format(seg.type_k), get_format(seg.type_v), get_tile(false), get_tile(true), mean, products }, kind);
             }
         }
+        finish();
 
         // where whole chunks are of rotated rows, that waits for the merge
         for (int64_t h = h0; h < h1; ++h) {
@@ -215,7 +243,13 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
     if (p.gemm && products) {
         products->begin(state);
     }
-    walk(0, p.n_hpt, p.gemm ? attend_gemm : attend);
+    const auto nothing = [] {};
+    if (skips) {
+        skipper s(a);
+        walk(0, p.n_hpt, s, [&] { s.finish(); });
+    } else {
+        walk(0, p.n_hpt, p.gemm ? attend_gemm : attend, nothing);
+    }
     if (p.gemm && products) {
         products->end(state);
     }
@@ -225,11 +259,11 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
 
         // 0 times infinity is not 0: a row that no query sees may have been one of those
         if (!is_finite(w.O, n_rows*p.ld_v)) {
-            walk(h, h + 1, attend_by_cell);
+            walk(h, h + 1, attend_by_cell, nothing);
         }
 
         if (p.n_partial > 0) {
-            float * dst = partial + (task*p.n_hpt + h)*p.n_partial;
+            float * dst = get_partial(a, p, partial, stream, block, chunk, ikv0 + h);
             memcpy(dst, w.O, n_rows*p.ld_v*sizeof(float));
             memcpy(dst + p.n_rows*p.ld_v, w.m, n_rows*sizeof(float));
             for (int64_t r = 0; r < n_rows; ++r) {

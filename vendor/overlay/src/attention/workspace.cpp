@@ -30,8 +30,10 @@ llama_kv_mixed_attn_layout llama_kv_mixed_attn_make_layout(const llama_kv_mixed_
     res.m     = take(p.n_rows, p.n_hpt);
     res.s     = take(p.n_rows*LLAMA_KV_MIXED_MAX_LANES, p.n_hpt);
     res.slope = take(p.n_gqa, p.n_hpt);
+    res.m_hot = take(p.n_chunk_hot > 0 ? p.n_rows : 0, p.n_hpt);
+    res.s_hot = take(p.n_chunk_hot > 0 ? p.n_rows : 0, p.n_hpt);
 
-    res.pmax  = take(p.n_rows);
+    res.pmax  = take(p.gemm ? 0 : 2*LLAMA_KV_MIXED_ATTN_FEW_ROWS);
     res.mean  = take(p.ld_k);
     res.S     = take(LLAMA_KV_MIXED_ATTN_ROWS*tile);
     res.mask  = take(p.n_tpb*tile);

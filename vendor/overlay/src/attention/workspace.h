@@ -12,6 +12,9 @@
 // query rows of a task at most: query heads that share a KV head, times tokens
 #define LLAMA_KV_MIXED_ATTN_MAX_ROWS 128
 
+// so many of them meet cells as these are stored; more: cells are expanded first
+#define LLAMA_KV_MIXED_ATTN_FEW_ROWS 16
+
 // query rows that share a tile's scores while these are in the first cache level
 #define LLAMA_KV_MIXED_ATTN_ROWS 48
 
@@ -40,9 +43,11 @@ struct llama_kv_mixed_attn_layout {
     arrays m;     // [n_rows]
     arrays s;     // [n_rows][lanes]
     arrays slope; // [n_gqa]
+    arrays m_hot; // [n_rows], [n_rows]: m and the sum of s after all hot cells, where rows of V may be left unread
+    arrays s_hot;
 
     // for a task
-    arrays pmax;  // [n_rows], few query rows
+    arrays pmax;  // [2][few rows]
     arrays mean;  // [ld_k], of a page's K
     arrays S;     // [LLAMA_KV_MIXED_ATTN_ROWS][tile]
     arrays mask;  // [n_tpb][tile]

@@ -119,6 +119,7 @@ static void apply(const spec_items & items, llama_kv_mixed_params & res) {
         else if (key == "cold_v")    { res.type_cold_v = parse_type (key, value); }
         else if (key == "mean")      { res.mean        = parse_bool (key, value); }
         else if (key == "attn")      { res.attn        = parse_attn (key, value); }
+        else if (key == "v_skip")    { res.v_skip      = parse_share(key, value); }
         else if (key == "cold") {
             // cold_k and cold_v are more specific, wherever they stand
             const int32_t type = parse_type(key, value);
@@ -126,7 +127,7 @@ static void apply(const spec_items & items, llama_kv_mixed_params & res) {
             if (!seen.count("cold_v")) { res.type_cold_v = type; }
         } else {
             throw std::invalid_argument(format(
-                "unknown key '%s' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, mean, attn)", key.c_str()));
+                "unknown key '%s' (hot, cold, cold_k, cold_v, cold_size, group, threshold, sink, mean, attn, v_skip)", key.c_str()));
         }
     }
 }
@@ -218,6 +219,7 @@ std::string llama_kv_mixed_format_spec(const llama_kv_mixed_params & params) {
     if (params.n_cold    != def.n_cold)    { res += ",cold_size=" + std::to_string(params.n_cold); }
     if (params.mean      != def.mean)      { res += params.mean ? ",mean=on" : ",mean=off"; }
     if (params.attn      != def.attn)      { res += std::string(",attn=") + attn_names[params.attn]; }
+    if (params.v_skip    != def.v_skip)    { res += ",v_skip="    + share_text(params.v_skip); }
 
     return res;
 }
@@ -254,6 +256,9 @@ void llama_kv_mixed_validate(const llama_kv_mixed_params & params) {
     }
     if (params.mean != 0 && params.mean != 1) {
         throw std::invalid_argument(format("mean=%d is not 0 or 1", params.mean));
+    }
+    if (!(params.v_skip >= 0.0f && params.v_skip < 1.0f)) {
+        throw std::invalid_argument(format("v_skip=%g is outside [0, 1)", params.v_skip));
     }
     for (const int32_t type : { params.type_cold_k, params.type_cold_v }) {
         if (type != LLAMA_KV_MIXED_TYPE_AUTO && !llama_kv_mixed_find_format(type)) {

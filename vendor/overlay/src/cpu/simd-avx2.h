@@ -34,6 +34,7 @@ V_INLINE vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 V_INLINE vf v_div(vf a, vf b) { return _mm256_div_ps(a, b); }
 V_INLINE vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }
 V_INLINE vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+V_INLINE uint32_t v_above(vf x, vf y) { return (uint32_t) _mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_GT_OQ)); }
 V_INLINE vf v_hide(vf x, vf mask) { return _mm256_blendv_ps(x, mask, _mm256_cmp_ps(mask, _mm256_set1_ps(-INFINITY), _CMP_EQ_OQ)); }
 V_INLINE vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 V_INLINE float v_hsum(vf x) {

@@ -31,6 +31,8 @@ V_INLINE vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 V_INLINE vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 V_INLINE vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 // x, and -infinity where mask is that
+V_INLINE uint32_t v_above(vf x, vf y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ); } // bit i: x[i] > y[i]
+V_INLINE void v_compress(void * dst, const void * src, uint32_t bits) { _mm512_storeu_si512(dst, _mm512_maskz_compress_epi32((__mmask16) bits, _mm512_loadu_si512(src))); }
 V_INLINE vf v_hide(vf x, vf mask) { return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(mask, _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ), mask); }
 V_INLINE vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 V_INLINE float v_hsum(vf x) { return _mm512_reduce_add_ps(x); }

@@ -32,6 +32,7 @@ V_INLINE vf v_min(vf a, vf b) { KVM_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 V_INLINE vf v_max(vf a, vf b) { KVM_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 V_INLINE vf v_max_bits(vf a, vf b) { KVM_EACH(b.v[i] <= a.v[i] || std::isnan(a.v[i]) ? a.v[i] : b.v[i]); }
 V_INLINE float v_hmax_bits(vf x) { float res = x.v[0]; for (float y : x.v) { res = y <= res || std::isnan(res) ? res : y; } return res; }
+V_INLINE uint32_t v_above(vf x, vf y) { uint32_t res = 0; for (int i = 0; i < V_LEN; ++i) { res |= (uint32_t) (x.v[i] > y.v[i]) << i; } return res; }
 V_INLINE vf v_hide(vf x, vf mask) { KVM_EACH(mask.v[i] == -INFINITY ? mask.v[i] : x.v[i]); }
 V_INLINE vf v_fma(vf a, vf b, vf c) { KVM_EACH(a.v[i]*b.v[i] + c.v[i]); }
 V_INLINE float v_hsum(vf x) { float res = 0.0f; for (float y : x.v) { res += y; } return res; }

@@ -34,6 +34,7 @@ V_INLINE vf v_mul(vf a, vf b) { return vmulq_f32(a, b); }
 V_INLINE vf v_div(vf a, vf b) { return vdivq_f32(a, b); }
 V_INLINE vf v_min(vf a, vf b) { return vminq_f32(a, b); }
 V_INLINE vf v_max(vf a, vf b) { return vmaxq_f32(a, b); }
+V_INLINE uint32_t v_above(vf x, vf y) { const uint32x4_t bit = { 1, 2, 4, 8 }; return vaddvq_u32(vandq_u32(vcgtq_f32(x, y), bit)); }
 V_INLINE vf v_hide(vf x, vf mask) { return vbslq_f32(vceqq_f32(mask, vdupq_n_f32(-INFINITY)), mask, x); }
 V_INLINE vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 V_INLINE float v_hsum(vf x) { return vaddvq_f32(x); }

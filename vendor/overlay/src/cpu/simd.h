@@ -127,6 +127,14 @@ V_INLINE void v_transpose8(const uint8_t * p, size_t nb, vi res[8]) {
     v_transpose4(p,      nb, res);
     v_transpose4(p + 16, nb, res + 4);
 }
+
+// those of V_LEN words whose bits are set, one after the other, in place if need be; dst has room for all
+V_INLINE void v_compress(void * dst, const void * src, uint32_t bits) {
+    for (uint8_t * y = (uint8_t *) dst; bits != 0; bits &= bits - 1, y += 4) {
+        const int32_t x = load_i32((const uint8_t *) src + 4*__builtin_ctz(bits));
+        memcpy(y, &x, sizeof(x));
+    }
+}
 #endif
 
 constexpr float LOG2_E = 1.44269504f;

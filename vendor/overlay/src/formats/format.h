@@ -41,6 +41,10 @@ struct llama_kv_mixed_tile : llama_kv_mixed_rows {
     int64_t n_block; // blocks per row
 
     llama_kv_mixed_rows next; // those of the tile that comes next, n_bytes == 0: none
+
+    // which rows of it come next, null: as many as there are in this one
+    const int32_t * next_list;
+    int             n_next_list;
 };
 
 // S[r][j] = Q[r] . K[j]

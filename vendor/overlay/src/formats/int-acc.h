@@ -20,6 +20,8 @@ template <class row, int N>
 void acc_rows_int(const float * P, const float * pmax, const tile & v, const bool * live, float * O, int64_t ld) {
     constexpr int MOST = 4; // blocks whose scales are prepared together
 
+    const int n_pad = (v.n + 2*V_LEN - 1)/(2*V_LEN)*(2*V_LEN);
+
     alignas(64) int16_t p_int[N][TILE];
     alignas(64) float   d  [MOST][TILE];
     alignas(64) float   min[MOST][TILE];
@@ -29,7 +31,7 @@ void acc_rows_int(const float * P, const float * pmax, const tile & v, const boo
 
     for (int r = 0; r < N; ++r) {
         const vf scale = v_set(pmax[r] > 0.0f ? 32767.0f/pmax[r] : 0.0f);
-        for (int j = 0; j < TILE; j += 2*V_LEN) {
+        for (int j = 0; j < n_pad; j += 2*V_LEN) {
             v_istore(p_int[r] + j, v_to_i16(v_mul(v_load(P + r*TILE + j), scale), v_mul(v_load(P + r*TILE + j + V_LEN), scale)));
         }
     }
@@ -45,7 +47,7 @@ void acc_rows_int(const float * P, const float * pmax, const tile & v, const boo
 
         for (int i = 0; i < n; ++i) {
             load_scales<row>(v.data, v.nb, v.n, b0 + i, d[i], min[i]);
-            for (int j = (v.n + V_LEN - 1)/V_LEN*V_LEN; j < TILE; j += V_LEN) {
+            for (int j = (v.n + V_LEN - 1)/V_LEN*V_LEN; j < n_pad; j += V_LEN) {
                 v_store(d  [i] + j, v_zero());
                 v_store(min[i] + j, v_zero());
             }
@@ -56,7 +58,7 @@ void acc_rows_int(const float * P, const float * pmax, const tile & v, const boo
         for (int i = 0; row::has_min && i < n; ++i) {
             for (int r = 0; r < N; ++r) {
                 vf total = v_zero();
-                for (int j = 0; j < TILE; j += V_LEN) {
+                for (int j = 0; j < n_pad; j += V_LEN) {
                     const vf y = v_fma(v_load(d[i] + j), v_set(row::bias_acc), v_load(min[i] + j));
                     total = v_fma(v_load(P + r*TILE + j), y, total);
                 }
@@ -65,7 +67,7 @@ void acc_rows_int(const float * P, const float * pmax, const tile & v, const boo
         }
         for (int i = 0; i < n; ++i) {
             vf most = v_zero();
-            for (int j = 0; j < TILE; j += V_LEN) {
+            for (int j = 0; j < n_pad; j += V_LEN) {
                 most = v_max_bits(most, v_abs(v_load(d[i] + j)));
             }
             dmax[i] = v_hmax_bits(most); // not a number when one of them is not: then neither is what comes out
@@ -77,7 +79,7 @@ KVM_UNROLL
             for (int r = 0; r < N; ++r) {
                 total[r] = v_izero();
             }
-            for (int j = 0; j < TILE; j += 2*V_LEN) {
+            for (int j = 0; j < n_pad; j += 2*V_LEN) {
                 const vi d_int = v_to_i16(v_mul(v_load(d[i] + j), scale), v_mul(v_load(d[i] + j + V_LEN), scale));
 KVM_UNROLL
                 for (int r = 0; r < N; ++r) {

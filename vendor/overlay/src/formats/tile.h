@@ -44,9 +44,20 @@ V_INLINE void load_scales(const uint8_t * x, size_t nb, int n, int64_t b, float 
 class ahead {
 public:
     // n_visits: how often each row of the tile is visited
-    V_INLINE ahead(const tile & t, int64_t n_visits) : next(t.next), n_visits(n_visits) {}
+    V_INLINE ahead(const tile & t, int64_t n_visits) :
+        next(t.next), list(t.next_list), n_list(t.n_next_list), n_visits(list ? n_visits*t.n : n_visits) {}
 
     V_INLINE void visit(int64_t n_rows) {
+        if (list) {
+            for (n += n_rows*n_list; n >= n_visits; n -= n_visits) {
+                const uint8_t * x = next.data + *list++*next.nb;
+                prefetch(x);
+                for (int64_t i = next.n_bytes - 1; i > 0; i -= 64) {
+                    prefetch(x + i);
+                }
+            }
+            return;
+        }
         for (n += n_rows; n >= n_visits; n -= n_visits) {
             // where a row begins in the midst of a line, that came with the row before
             for (int64_t i = next.n_bytes - 1; i >= 0; i -= 64) {
@@ -57,9 +68,11 @@ public:
     }
 
 private:
-    rows          next;
-    const int64_t n_visits;
-    int64_t       n = 0;
+    rows            next;
+    const int32_t * list;
+    const int64_t   n_list;
+    const int64_t   n_visits;
+    int64_t         n = 0;
 };
 
 template <int N>

@@ -56,7 +56,7 @@ ggml_tensor * llama_kv_mixed_attn_nodes::build(
 
 void llama_kv_mixed_attn_nodes::reset() {
     for (node & n : nodes) {
-        n.next = 0;
+        n.progress.reset();
     }
 }
 
@@ -80,7 +80,7 @@ void llama_kv_mixed_attn_nodes::compute(ggml_tensor * dst, int ith, int nth, voi
     float * partial = a.dst + a.n_embd_v*a.n_head*a.n_tokens*a.n_stream;
     float * scratch = partial + n.plan.n_partials() + ith*n.plan.n_scratch();
 
-    llama_kv_mixed_attn_run(*n.isa, a, n.plan, n.next, partial, scratch, std::min(nth, n.n_slot));
+    llama_kv_mixed_attn_run(*n.isa, a, n.plan, n.progress, partial, scratch, std::min(nth, n.n_slot));
 }
 
 void llama_kv_mixed_attn_nodes::merge(ggml_tensor * dst, int ith, int nth, void * userdata) {

@@ -44,7 +44,7 @@ private:
 
         int n_slot;                    // threads that there is scratch memory for
 
-        std::atomic<int64_t> next;     // the task to be taken next
+        llama_kv_mixed_attn_progress progress;
     };
 
     // its elements stay where they are, the graph points at them

@@ -56,6 +56,7 @@ llama_kv_mixed_op llama_kv_mixed_make_op(
     res.logit_softcap = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
     res.n_rot_k       = mctx.get_kv()->get_n_rot_k();
     res.n_rot_v       = mctx.get_kv()->get_n_rot_v();
+    res.v_skip        = mctx.get_kv()->get_params().v_skip;
 
     return res;
 }

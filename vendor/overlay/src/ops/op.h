@@ -76,6 +76,8 @@ struct llama_kv_mixed_op {
     float   logit_softcap;
     int32_t n_rot_k; // of the join: n_rot
     int32_t n_rot_v;
+
+    float   v_skip;
 };
 
 static_assert(LLAMA_KV_MIXED_OP_OFFSET + sizeof(llama_kv_mixed_op) <= GGML_MAX_OP_PARAMS, "there is no room for that");
@@ -195,6 +197,7 @@ inline bool llama_kv_mixed_op_read_attn(const ggml_tensor * node, llama_kv_mixed
     args.logit_softcap = op.logit_softcap;
     args.n_rot_k       = op.n_rot_k;
     args.n_rot_v       = op.n_rot_v;
+    args.v_skip        = op.v_skip;
 
     args.q       = (const float *) q->data;
     args.nb_q[0] = q->nb[1];
@@ -225,7 +228,7 @@ inline bool llama_kv_mixed_op_read_attn(const ggml_tensor * node, llama_kv_mixed
     args.dst   = (float *) node->data;
 
     return llama_kv_mixed_op_is_rot(args.n_rot_k, n_embd_k) && llama_kv_mixed_op_is_rot(args.n_rot_v, n_embd_v) &&
-        ggml_nelements(node)/n_embd_v >= q->ne[1]*q->ne[2];
+        args.v_skip >= 0.0f && args.v_skip < 1.0f && ggml_nelements(node)/n_embd_v >= q->ne[1]*q->ne[2];
 }
 
 struct llama_kv_mixed_join_args {

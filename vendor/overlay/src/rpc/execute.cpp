@@ -58,7 +58,7 @@ void llama_kv_mixed_rpc_graph::attend(ggml_tensor * dst, int ith, int nth, void 
 
     const auto & isa = *llama_kv_mixed_get_isa();
 
-    llama_kv_mixed_attn_run(isa, args, e.plan, e.next, graph.partial.data(), graph.scratch.data() + ith*e.plan.n_scratch(), nth);
+    llama_kv_mixed_attn_run(isa, args, e.plan, e.progress, graph.partial.data(), graph.scratch.data() + ith*e.plan.n_scratch(), nth);
 
     if (e.plan.n_partial > 0) {
         // the merge is over what all tasks have left
@@ -74,7 +74,7 @@ void llama_kv_mixed_rpc_graph::attend(ggml_tensor * dst, int ith, int nth, void 
 
     // the last one leaves the node as it was
     if (e.left.fetch_add(1) + 1 == nth) {
-        e.next = 0;
+        e.progress.reset();
         e.done = 0;
         e.left = 0;
     }

@@ -29,7 +29,7 @@ private:
 
         llama_kv_mixed_attn_plan plan;
 
-        std::atomic<int64_t> next; // the task to be taken next
+        llama_kv_mixed_attn_progress progress;
         std::atomic<int>     done; // threads that found no more tasks
         std::atomic<int>     left; // threads that are through
     };
