@@ -2,6 +2,7 @@
 """Times the fused attention kernel beside ggml_flash_attn_ext() on the same rows.
 
     python tools/attn_bench.py -s 64/3/3,128/8/4 -n 8192,32768 -ctk q4_0,f16 -t 1,2
+    python tools/attn_bench.py -s 128/8/4,128/32/1 -n 16384 --v-skip 0,0.01,0.1 --isa avx2
 
 A shape is head size/KV heads/query heads per KV head. Rows lie as in a KV cache, in so many copies that none is in the
 processor's caches when its turn comes again; kernels take turns, copy by copy. Times are medians of single calls.
@@ -14,6 +15,9 @@ x ggml    how many times faster than ggml
 Our threads are started for every call, what that takes is said at the start; ggml's are kept where it has OpenMP, and a model
 keeps both. Several sequences in a call (-b 8) make little of that. With several threads both need processors of their own: on
 a busy machine ggml's wait for each other at every barrier.
+
+With --v-skip there are 512 hot cells in F16 beside the others, which have 0.9 of the weights, and scores with a standard
+deviation of 2.5: rows of V are left unread where weights are far from equal. ggml sees the other cells alone.
 
 stdout carries the results; everything said along the way goes to stderr.
 """
@@ -42,6 +46,9 @@ from llamamix.attention import Attention, FlashAttnExt, isas
 from llamamix.cli._output import FORMS, render
 from llamamix.formats import FORMATS
 
+_N_HOT = 512
+_DEVIATION = 2.5  # of scores, where there are hot cells
+
 _CACHE_SIZE = 64 << 20  # where the last-level cache's is not known
 
 # seconds: after a call OpenMP's threads spin for a while before they sleep, on processors that ours need
@@ -60,6 +67,16 @@ def _shapes(text: str) -> list[list[int]]:
     if any(len(shape) != 3 for shape in shapes):
         raise argparse.ArgumentTypeError(f"must be head size/KV heads/query heads per KV head, not {text}")
     return shapes
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 <= share < 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"must be shares from 0 to below 1, not {text}")
+    return shares
 
 
 def _names(known: tuple[str, ...]) -> Any:
@@ -89,6 +106,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="of K and V (default: %(default)s)",
     )  # fmt: skip
     add("--isa", type=_names(isas()), default=",".join(isas()), metavar="ISA,..", help="default: %(default)s")
+    add("--v-skip", type=_shares, metavar="SHARE,..", help="our kernels beside hot cells, with these shares of V unread")
     add("-t", "--threads", type=_ints, default="1,2", metavar="N,..", help="default: %(default)s")
     add("-r", "--repetitions", type=int, default=20, metavar="N", help="calls of each (default: %(default)s)")
     add("-o", "--output", choices=FORMS, help="default: a table, in Markdown when stdout is no terminal")
@@ -149,10 +167,28 @@ def call_time(n_threads: int) -> float:
 #
 
 
+def make_hot(q: np.ndarray, n_head_kv: int, scale: float, n_kv: int) -> tuple[np.ndarray, np.ndarray]:
+    """K and V of hot cells: for every query there is one whose score makes its weight 9 times that of all other cells."""
+    n_seq, n_tokens, n_head, n_embd = q.shape
+    keys = q.reshape(n_seq, n_tokens, n_head_kv, -1, n_embd).transpose(0, 1, 3, 2, 4).reshape(n_seq, -1, n_head_kv, n_embd)
+    score = np.log(9 * n_kv) + _DEVIATION**2 / 2
+    keys = keys[:, :_N_HOT]
+    k = np.zeros((n_seq, _N_HOT, n_head_kv, n_embd), np.float32)
+    k[:, : keys.shape[1]] = score / scale * keys / np.square(keys).sum(axis=-1, keepdims=True)
+    return k.astype(np.float16), np.ones_like(k, np.float16)
+
+
 def measure(
-    shape: list[int], n_kv: int, n_tokens: int, kv_type: str, kernels: list[str], n_threads: int, n: int, n_seq: int
-) -> dict[str, float]:
-    """Seconds per call and sequence of each kernel, "ggml" being ggml's."""
+    shape: list[int],
+    n_kv: int,
+    n_tokens: int,
+    kv_type: str,
+    kernels: list[tuple[str, float | None]],
+    n_threads: int,
+    n: int,
+    n_seq: int,
+) -> dict[tuple[str, float | None], float]:
+    """Seconds per call and sequence of each kernel and its v_skip, "ggml" being ggml's; None: there are no hot cells."""
     n_embd, n_head_kv, n_gqa = shape
     rng = np.random.default_rng(0)
     rows = [
@@ -161,12 +197,26 @@ def measure(
     q = rng.standard_normal((n_seq, n_tokens, n_head_kv * n_gqa, n_embd), np.float32)
     n_copies = min(1 + -(-2 * cache_size() // sum(x.nbytes for x in rows)), (n + 1) * len(kernels))
 
-    times: dict[str, list[float]] = {kernel: [] for kernel in kernels}
+    scale = 1 / np.sqrt(n_embd)
+    hot = None
+    if any(v_skip is not None for _, v_skip in kernels):
+        scale *= _DEVIATION
+        # queries that share a KV head look for much the same
+        groups = q.reshape(n_seq, n_tokens, n_head_kv, n_gqa, n_embd)
+        q = (0.9 * groups[:, :, :, :1] + np.sqrt(1 - 0.9**2) * groups).reshape(q.shape).astype(np.float32)
+        hot = make_hot(q, n_head_kv, scale, n_kv)
+
+    times: dict[tuple[str, float | None], list[float]] = {kernel: [] for kernel in kernels}
     with contextlib.ExitStack() as stack:
         theirs = [
             stack.enter_context(FlashAttnExt(q, *rows, types=kv_type, n_threads=n_threads)) for _ in range(n_copies)
         ]
-        ours = [Attention(q, (x.k, x.v), None, types=(kv_type, kv_type)) for x in theirs]
+        ours = {
+            v_skip: [
+                Attention(q, (x.k, x.v), hot, types=(kv_type, "f16"), scale=scale, v_skip=v_skip or 0.0) for x in theirs
+            ]
+            for _, v_skip in kernels
+        }
         copies = itertools.cycle(range(n_copies))
         # the first round is not counted
         for i in range(n + 1):
@@ -174,10 +224,10 @@ def measure(
                 copy = next(copies)
                 time.sleep(_SETTLE if n_threads > 1 else 0)
                 start = time.perf_counter()
-                if kernel == "ggml":
+                if kernel[0] == "ggml":
                     theirs[copy].compute()
                 else:
-                    ours[copy].compute(n_threads, kernel)
+                    ours[kernel[1]][copy].compute(n_threads, kernel[0])
                 if i > 0:
                     times[kernel].append(time.perf_counter() - start)
         del ours
@@ -202,16 +252,15 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for shape, n_kv, n_tokens, kv_type, n_threads in cases:
         name = "/".join(map(str, shape))
         say(f"{name}, {n_kv} cells, {n_tokens} tokens, {kv_type}, {n_threads} threads")
-        times = measure(
-            shape, n_kv, n_tokens, kv_type, [*args.isa, "ggml"], n_threads, args.repetitions, args.sequences
-        )
+        kernels = [*itertools.product(args.isa, args.v_skip or [None]), ("ggml", None)]
+        times = measure(shape, n_kv, n_tokens, kv_type, kernels, n_threads, args.repetitions, args.sequences)
         n_bytes = 2 * n_kv * shape[1] * ggml.row_size(kv_type, shape[0])
-        for kernel, seconds in times.items():
+        for (kernel, v_skip), seconds in times.items():
             records.append(
                 {
                     "shape": name, "n_kv": n_kv, "n_tokens": n_tokens, "type": kv_type, "threads": n_threads,
-                    "kernel": kernel, "ns": seconds * 1e9 / (n_kv * shape[1]), "GB/s": n_bytes / seconds / 1e9,
-                    "share": n_bytes / seconds / bandwidth[n_threads], "x ggml": times["ggml"] / seconds,
+                    "kernel": kernel if v_skip is None else f"{kernel}, v_skip={v_skip:g}", "ns": seconds * 1e9 / (n_kv * shape[1]), "GB/s": n_bytes / seconds / 1e9,
+                    "share": n_bytes / seconds / bandwidth[n_threads], "x ggml": times["ggml", None] / seconds,
                 }
             )  # fmt: skip
     return records

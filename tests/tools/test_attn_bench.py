@@ -38,6 +38,14 @@ def test_figures(sequences: str) -> None:
         assert r["kernel"] != "ggml" or r["x ggml"] == 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs memchr() of the program's own")
+def test_shares_of_v_that_are_not_read() -> None:
+    result = bench("-s", "64/2/3", "-n", "1000", "-ctk", "q4_0", "-t", "1", "-r", "1", "--v-skip", "0,0.1", "-o", "json")
+    assert result.returncode == 0, result.stderr
+    names = [f"{isa}, v_skip={share}" for isa in isas() for share in ("0", "0.1")]
+    assert [r["kernel"] for r in json.loads(result.stdout)] == [*names, "ggml"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
@@ -47,6 +55,8 @@ def test_figures(sequences: str) -> None:
         (["--isa", "sse2"], 2, f"must be of {', '.join(isas())}"),
         (["-r", "0"], 2, "-r must be at least 1"),
         (["-b", "0"], 2, "-b must be at least 1"),
+        (["--v-skip", "0,1"], 2, "must be shares from 0 to below 1, not 0,1"),
+        (["--v-skip", "few"], 2, "must be shares from 0 to below 1, not few"),
         (["-s", "40/1/1", "-n", "8", "-t", "1", "-r", "1"], 1, "which do not divide a row of 40"),
     ],
 )
