@@ -77,8 +77,8 @@ def allowance_v(attn: str, cold_v: str) -> float:
 
 
 def allowance(attn: str, cold: str = "q4_0", head_size: int = 64) -> float:
-    """The same for both, whose effects are independent."""
-    return max(allowance_k(attn, cold, head_size), allowance_v(attn, cold))
+    """The same for both: what is added is independent, and neither has more effect alone than both have together."""
+    return float(np.hypot(allowance_k(attn, cold, head_size), allowance_v(attn, cold)))
 
 
 def rms(x: np.ndarray) -> float:
