@@ -112,8 +112,8 @@ def test_rows_of_v_are_left_unread_there_as_well(cluster: Cluster, make: Make) -
         context.decode([5])
         return context.logits.copy()
 
-    expected = words(cluster.local, 0.1)
-    np.testing.assert_array_equal(words(cluster.over(2), 0.1), expected)
+    expected = words(cluster.local, 0.9)
+    np.testing.assert_array_equal(words(cluster.over(2), 0.9), expected)
     assert not np.array_equal(words(cluster.local, 0.0), expected)
 
 
