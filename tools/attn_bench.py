@@ -215,7 +215,7 @@ def measure(
             v_skip: [
                 Attention(q, (x.k, x.v), hot, types=(kv_type, "f16"), scale=scale, v_skip=v_skip or 0.0) for x in theirs
             ]
-            for _, v_skip in kernels
+            for v_skip in {v_skip for kernel, v_skip in kernels if kernel != "ggml"}
         }
         copies = itertools.cycle(range(n_copies))
         # the first round is not counted
@@ -259,7 +259,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             records.append(
                 {
                     "shape": name, "n_kv": n_kv, "n_tokens": n_tokens, "type": kv_type, "threads": n_threads,
-                    "kernel": kernel if v_skip is None else f"{kernel}, v_skip={v_skip:g}", "ns": seconds * 1e9 / (n_kv * shape[1]), "GB/s": n_bytes / seconds / 1e9,
+                    "kernel": kernel if v_skip is None else f"{kernel}, v_skip={v_skip:g}",
+                    "ns": seconds * 1e9 / (n_kv * shape[1]), "GB/s": n_bytes / seconds / 1e9,
                     "share": n_bytes / seconds / bandwidth[n_threads], "x ggml": times["ggml", None] / seconds,
                 }
             )  # fmt: skip

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.allowances import BF16, rms
 from helpers.attention_cases import (
     ALL_ISAS,
     AXES,
@@ -50,10 +51,6 @@ U = 2.0**-24  # an F32 operation is off by this share of its result at most
 WHOLE_NUMBERS = ("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "q8_0")
 B = 2.0**-8  # and rounding to BF16
 EXP = 4e-7  # so is the kernel's e^x, beside what rounding x does
-
-
-def rms(x: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
 #
@@ -171,7 +168,7 @@ def bounds(data: Data, expected: Expected, isa: str | None = None) -> tuple[np.n
             square += np.square(U) * (n_kv / 12 + 8) * np.square(total) @ np.square(rot_v)
 
     # Rounded to BF16 a number is off by 2**-8 of itself at most, and 0.41 of that on the average; so are both of a product.
-    most, mean = 2 * B + B**2, 0.41 * math.sqrt(2) * B
+    most, mean = 2 * B + B**2, BF16
     if products_k == "bf16":
         worst_out += 2 * sum_abs(with_cold(most * (np.abs(q_cold) @ np.abs(stored))))
         square += sum_sq(with_cold(mean * np.sqrt(np.square(q_cold) @ np.square(stored))))
@@ -609,7 +606,7 @@ def test_the_error_is_not_above_ggmls(kv_type: str, n_tokens: int, record_proper
         if products[0] != "float":
             share = 1.0  # 8 bits of every number, or of a block's largest one: as ggml's query, which is all that is off then
         # where the query is rounded as ggml's is, and V beside that to BF16 (see bounds()), the squares add up
-        beside = 0.41 * math.sqrt(2) * B if products == ("int", "bf16") else 0.0
+        beside = BF16 if products == ("int", "bf16") else 0.0
         assert ours < math.hypot(share * theirs, beside)
 
 

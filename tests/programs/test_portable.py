@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.allowances import rms
 
 WHEEL = os.environ.get("LLAMAMIX_PORTABLE_WHEEL")
 QEMU = shutil.which("qemu-x86_64")
@@ -79,10 +80,6 @@ def test_the_same_words_on_an_old_processor(package: Path, tiny_model_path: Path
     here, _ = logits(package, tiny_model_path, prompt, None)
     there, kernels = logits(package, tiny_model_path, prompt, cpu)
     assert kernels == KERNELS[cpu]
-
-    def rms(x: np.ndarray) -> float:
-        return float(np.sqrt((x**2).mean()))
-
     # Sums in another order move a logit by less than a thousandth of what logits have as their standard deviation. With cold
     # in Q4_0 products are in BF16 where a processor has them, and some values of K and V round to the next step. That is as
     # large an error as rounding to steps is itself, but only for the few that were close to the middle between two: 1 % of

@@ -726,7 +726,6 @@ def test_own_patches_only_insert_call_sites():
 
 
 def test_the_readme_says_how_much_is_patched() -> None:
-    result = subprocess.run([sys.executable, TOOLS / "vendor.py", "check"], capture_output=True, text=True, timeout=60)
-    n_patches, n_lines = result.stdout.splitlines()[-1].split(" added lines")[0].split(" patches, ")
+    patches = vendor.read_patches(SCRIPT.parent.parent / "vendor")
     readme = " ".join((TOOLS.parent / "README.md").read_text(encoding="utf-8").split())
-    assert result.returncode == 0 and f"{n_patches} patches that add {n_lines} lines" in readme
+    assert f"{len(patches)} patches that add {sum(patch.added for patch in patches)} lines" in readme
