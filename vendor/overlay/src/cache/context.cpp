@@ -1,8 +1,6 @@
 #include "cache/context.h"
 
-#include <algorithm>
 #include <cassert>
-#include <cstring>
 
 llama_kv_cache_mixed_context::llama_kv_cache_mixed_context(llama_memory_status status) : llama_kv_cache_context(status) {}
 
@@ -91,40 +89,9 @@ ggml_tensor * llama_kv_cache_mixed_context::get_k_mean(ggml_context * ctx, int32
 }
 
 void llama_kv_cache_mixed_context::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const {
-    GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
     GGML_ASSERT(dst->ne[0] == (int64_t) n_cold + get_n_kv());
 
-    const size_t  size_el = ggml_type_size(dst->type);
-    const int64_t n_rows  = ggml_nrows(dst);
-
-    // (kept: memory that is new each time costs more than what is written to it)
-    auto & buf = kv_mixed->get_mask_buffer();
-
-    size_t offs = 0;
-
-    const auto fill = [&](const llama_kv_cache * kv_side, int64_t n_kv) {
-        buf.resize(std::max<size_t>(buf.size(), n_kv*n_rows*size_el));
-
-        // a stand-in with the rows of this side
-        ggml_tensor side = *dst;
-
-        side.ne[0] = n_kv;
-        side.data  = buf.data();
-
-        kv_side->set_input_kq_mask(&side, ubatch, causal_attn);
-
-        const size_t size_row = n_kv*size_el;
-        for (int64_t i = 0; i < n_rows; ++i) {
-            memcpy((char *) dst->data + i*dst->ne[0]*size_el + offs, buf.data() + i*size_row, size_row);
-        }
-
-        offs += size_row;
-    };
-
-    if (n_cold > 0) {
-        fill(kv_mixed->get_cold(), n_cold);
-    }
-    fill(kv_mixed->get_hot(), get_n_kv());
+    kv_mixed->set_mask(dst, n_cold, *ubatch, causal_attn);
 }
 
 //

@@ -110,9 +110,6 @@ public:
     llama_kv_cache * get_hot () const;
     llama_kv_cache * get_cold() const; // without cells and layers where everything fits in hot
 
-    // room for the mask over one side's cells
-    std::vector<uint8_t> & get_mask_buffer() const { return buf_mask; }
-
     // false: the whole context fits in hot
     bool has_cold() const;
 
@@ -141,6 +138,9 @@ public:
     // stay whole it is all that is left, or one sequence.
     llama_ubatch split_simple(llama_batch_allocr & balloc, const std::vector<llama_ubatch> & ubatches, uint32_t n_ubatch);
     llama_ubatch split_equal (llama_batch_allocr & balloc, const std::vector<llama_ubatch> & ubatches, uint32_t n_ubatch, bool sequential);
+
+    // dst [n_cold + cells of hot in view, n_tokens/n_stream, 1, n_stream], in the host's memory
+    void set_mask(ggml_tensor * dst, uint32_t n_cold, const llama_ubatch & ubatch, bool causal_attn) const;
 
     // a head's rows in cold are rotated in blocks of so many values, 0: they are not
     int64_t get_n_rot_k() const;
@@ -422,7 +422,7 @@ private:
     // the copies of rows that the context keeps on the device, one for each sequence, by the states that they belong to
     mutable std::map<llama_seq_id, uint32_t> device_copies;
 
-    mutable std::vector<uint8_t> buf_mask;
+    mutable std::vector<uint8_t> buf_mask; // room for one side's
 
     mutable uint32_t n_device_copies = 0;
 
