@@ -31,6 +31,7 @@ LLAMA_API llama_kv_mixed_params llama_kv_mixed_default_params(void) {
         /*.type_cold_v =*/ LLAMA_KV_MIXED_TYPE_AUTO,
         /*.attn        =*/ LLAMA_KV_MIXED_ATTN_AUTO,
         /*.mean        =*/ 1,
+        /*.v_skip      =*/ 0.0f,
     };
 }
 
