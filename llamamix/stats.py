@@ -34,7 +34,7 @@ class CacheStats:
         n_migrations: Migrations that were completed.
         n_tokens_moved: Cells moved from hot to cold.
         n_refused: Batches refused because hot and cold were full.
-        t_migrate_us: Microseconds spent moving.
+        t_migrate_us: Microseconds spent moving; the host's part where a GPU does it later.
         bytes_rest: Bytes allocated for what is not mixed: the cache of sliding windows, recurrent states.
     """
 

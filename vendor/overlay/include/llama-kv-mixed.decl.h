@@ -62,7 +62,7 @@ struct llama_kv_mixed_stats {
     uint64_t n_migrations;   // completed migrations
     uint64_t n_tokens_moved; // cells moved from hot to cold
     uint64_t n_refused;      // batches refused because hot and cold were full
-    uint64_t t_migrate_us;   // time spent moving, microseconds
+    uint64_t t_migrate_us;   // time spent moving, microseconds; the host's part where a GPU does it later
 
     uint64_t bytes_rest;     // bytes allocated for what is not mixed: the cache of sliding windows, recurrent states
 };

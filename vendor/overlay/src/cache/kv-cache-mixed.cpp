@@ -465,9 +465,8 @@ void llama_kv_cache_mixed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_d
         const auto sc_info = std::move(kv->sc_info);
         kv->sc_info = {};
 
-        if (!sc_info.empty() && lctx) {
-            // they may still be on their way
-            ggml_backend_sched_synchronize(lctx->get_sched());
+        if (!sc_info.empty()) {
+            synchronize();
         }
 
         for (size_t i = 0; i < sc_info.ssrc.size(); ++i) {

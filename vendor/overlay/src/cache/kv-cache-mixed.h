@@ -453,8 +453,11 @@ private:
     // up to n of the oldest tokens that may move; empty: there are none, or cold is full
     migration pick(uint32_t strm, uint32_t n, const std::vector<uint32_t> & in_flight) const;
 
-    // the rows; false: it failed, and nothing that is in use has changed
+    // the rows; false: it failed, and nothing that is in use has changed. A GPU does it later: see llama_kv_mixed_mover::move()
     bool copy(const migration & mig);
+
+    // rows are where they belong: nothing that the context was given is on its way
+    void synchronize() const;
 
     // the cells
     void commit(const migration & mig);

@@ -238,6 +238,12 @@ bool llama_kv_cache_mixed::is_page_empty(uint32_t strm, uint32_t page) const {
     return true;
 }
 
+void llama_kv_cache_mixed::synchronize() const {
+    if (lctx) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+    }
+}
+
 bool llama_kv_cache_mixed::copy(const migration & mig) {
     auto src = mig.src;
 
@@ -245,12 +251,7 @@ bool llama_kv_cache_mixed::copy(const migration & mig) {
         i += mig.strm*kv_hot->get_size();
     }
 
-    // the rows may still be on their way
-    if (lctx) {
-        ggml_backend_sched_synchronize(lctx->get_sched());
-    }
-
-    if (!mover->move(get_moves(src, mig.strm, mig.dst), get_n_threads())) {
+    if (!mover->move(get_moves(src, mig.strm, mig.dst), get_n_threads(), lctx ? lctx->get_sched() : nullptr)) {
         LLAMA_LOG_ERROR("%s: failed to copy %zu tokens from hot to cold, they stay hot\n", __func__, mig.src.size());
         return false;
     }
@@ -350,6 +351,11 @@ uint32_t llama_kv_cache_mixed::move_tokens_to_cold_cache(
     }
 
     commit(mig);
+
+    // (a trace has the time it took, and reads the rows)
+    if (trace->is_on()) {
+        synchronize();
+    }
 
     const int64_t dur_us = ggml_time_us() - t_start_us;
 

@@ -275,7 +275,6 @@ void llama_kv_mixed_mover::make_means(ggml_tensor * dst, int ith, int nth, void 
     }
 }
 
-// how much of each row is in each new mean: [n_new][n]
 static std::vector<float> get_shares(const llama_kv_mixed_moves & moves) {
     std::vector<float> res(moves.page_new.size()*moves.size(), 0.0f);
 
@@ -290,40 +289,81 @@ static std::vector<float> get_shares(const llama_kv_mixed_moves & moves) {
     return res;
 }
 
-bool llama_kv_mixed_mover::move(const llama_kv_mixed_moves & moves, int n_threads) {
+// the scheduler's own of a device, null: it has none
+static ggml_backend_t find_backend(ggml_backend_sched_t sched, ggml_backend_dev_t dev) {
+    for (int i = 0; sched && i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
+        if (ggml_backend_get_device(backend) == dev) {
+            return backend;
+        }
+    }
+    return nullptr;
+}
+
+bool llama_kv_mixed_mover::move(const llama_kv_mixed_moves & moves, int n_threads, ggml_backend_sched_t sched) {
     GGML_ASSERT(moves.src.size() == moves.dst.size());
 
     for (auto & dev : devs) {
+        ggml_backend_dev_t device = ggml_backend_get_device(dev.backend.get());
+
+        const bool has_kernels = dev.pairs.empty() && dev.pairs_fused.empty();
+
+        ggml_backend_t queue = has_kernels ? find_backend(sched, device) : nullptr;
+        if (!queue && sched) {
+            ggml_backend_sched_synchronize(sched);
+        }
+        ggml_backend_t backend = queue ? queue : dev.backend.get();
+
         graph g = build(dev, moves.size(), moves.page_new.size());
 
         if (!ggml_gallocr_alloc_graph(dev.galloc.get(), g.gf)) {
             return false;
         }
 
-        ggml_backend_tensor_set(g.src, moves.src.data(), 0, ggml_nbytes(g.src));
-        ggml_backend_tensor_set(g.dst, moves.dst.data(), 0, ggml_nbytes(g.dst));
+        order & o = dev.orders[dev.n_orders++ % dev.orders.size()];
+        if (o.done) {
+            ggml_backend_event_synchronize(o.done.get());
+        }
+        o.moves = moves;
+
+        const auto set = [backend](ggml_tensor * t, const void * data) {
+            ggml_backend_tensor_set_async(backend, t, data, 0, ggml_nbytes(t));
+        };
+
+        set(g.src, o.moves.src.data());
+        set(g.dst, o.moves.dst.data());
 
         if (g.page) {
             GGML_ASSERT(moves.page.size() == moves.size());
-            ggml_backend_tensor_set(g.page, moves.page.data(), 0, ggml_nbytes(g.page));
+            set(g.page, o.moves.page.data());
         }
         if (g.page_new) {
-            ggml_backend_tensor_set(g.page_new, moves.page_new.data(), 0, ggml_nbytes(g.page_new));
+            set(g.page_new, o.moves.page_new.data());
         }
         if (g.share) {
-            ggml_backend_tensor_set(g.share, get_shares(moves).data(), 0, ggml_nbytes(g.share));
+            o.shares = get_shares(moves);
+            set(g.share, o.shares.data());
         }
-
         for (const auto & [data, rot] : g.rots) {
-            ggml_backend_tensor_set(rot, data, 0, ggml_nbytes(rot));
+            set(rot, data);
         }
 
-        if (dev.set_n_threads) {
+        if (!queue && dev.set_n_threads) {
             dev.set_n_threads(n_threads);
         }
 
-        if (ggml_backend_graph_compute(dev.backend.get(), g.gf) != GGML_STATUS_SUCCESS) {
+        const auto status = ggml_backend_graph_compute_async(backend, g.gf);
+        if (status != GGML_STATUS_SUCCESS) {
+            ggml_backend_synchronize(backend);
             return false;
+        }
+        if (queue && !o.done) {
+            o.done.reset(ggml_backend_event_new(device));
+        }
+        if (queue && o.done) {
+            ggml_backend_event_record(o.done.get(), queue);
+        } else {
+            ggml_backend_synchronize(backend);
         }
     }
 

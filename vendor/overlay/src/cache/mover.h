@@ -2,6 +2,7 @@
 
 #include "ggml-cpp.h"
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -61,9 +62,11 @@ public:
     // throws std::runtime_error when a device can not do it
     llama_kv_mixed_mover(const std::vector<pair> & pairs, uint32_t n_max);
 
-    // in all pairs
-    // returns when the copy is complete; false: it failed, and nothing but rows dst and means page_new was written
-    bool move(const llama_kv_mixed_moves & moves, int n_threads);
+    // In all pairs; false: it failed, and nothing but rows dst and means page_new was written.
+    // sched: what rows may be on their way from, null: they are where they belong. A device of it that has kernels for moves
+    // (ops/device.h) copies behind what it was given before, and may not have done so yet when this returns; others are waited
+    // for.
+    bool move(const llama_kv_mixed_moves & moves, int n_threads, ggml_backend_sched_t sched);
 
     // for tests: the next n moves fail, after they have copied their rows
     void fail(uint32_t n) { n_fail = n; }
@@ -71,16 +74,27 @@ public:
 private:
     uint32_t n_fail = 0;
 
+    // what a move is told, as long as it may be read
+    struct order {
+        llama_kv_mixed_moves   moves;
+        std::vector<float>     shares; // how much of each row is in each new mean: [n_new][n]
+        ggml_backend_event_ptr done;   // null: it is
+    };
+
     // the pairs that live on one device
     struct device {
         std::vector<pair> pairs;       // by ggml
         std::vector<pair> pairs_fused; // by the CPU's kernels
         std::vector<pair> pairs_op;    // by the device's own
 
-        ggml_backend_ptr backend;
+        ggml_backend_ptr backend; // without a scheduler
         ggml_gallocr_ptr galloc;
 
         std::function<void(int)> set_n_threads;
+
+        // the last ones: so many may be on their way
+        std::array<order, 8> orders;
+        size_t               n_orders = 0;
 
         // meta data of the graph, rebuilt per move: it is cheap, and the number of rows varies
         std::vector<uint8_t> buf_meta;

@@ -37,5 +37,5 @@ llama_kv_mixed_overflow::llama_kv_mixed_overflow(const std::vector<llama_kv_mixe
 }
 
 bool llama_kv_mixed_overflow::move(const llama_kv_mixed_moves & moves, int n_threads) {
-    return mover->move(moves, n_threads);
+    return mover->move(moves, n_threads, nullptr);
 }

@@ -88,7 +88,12 @@ std::vector<uint32_t> llama_kv_cache_mixed::state_make_room(
     while (cells_hot.size() - cells_hot.get_used() < n_hot - n_over) {
         const uint32_t n_free = cells_cold.size() - cells_cold.get_used() - n_cold - n_over;
 
-        if (move_tokens_to_cold_cache(strm, n_free, LLAMA_KV_MIXED_TRIGGER_ROOM) == 0) {
+        const bool moved = move_tokens_to_cold_cache(strm, n_free, LLAMA_KV_MIXED_TRIGGER_ROOM) > 0;
+
+        // their rows have gone before others take the cells
+        synchronize();
+
+        if (!moved) {
             throw std::runtime_error("no room for the hot tokens of the state: the others can not be moved to cold");
         }
     }
