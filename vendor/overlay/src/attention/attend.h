@@ -295,7 +295,6 @@ void attend_gemm(const attn_args & a, const attn_plan & p, const workspace & w, 
         });
     } else {
         expand(kv.format_v, v, a.n_embd_v, w.V, p.ld_v);
-        memset(w.V + v.n*p.ld_v, 0, (TILE - v.n)*p.ld_v*sizeof(float));
     }
 
     const int64_t step = score == SCORE_BF16 || v_bf16 ? 2*LLAMA_KV_MIXED_PRODUCT_ROWS : ROWS;
