@@ -280,11 +280,14 @@ def model(args: argparse.Namespace, sizes: Sizes, records: list[Record], save: C
     shape = Shape(n_layer=2, n_head=8, n_head_kv=2, n_embd=1024, n_ff=2048) if small else LLAMA_3_8B
     depths = sizes.model_depths[:-1] if args.quick else sizes.model_depths
     tests = ["-p", str(sizes.n_prompt), "-n", str(sizes.n_gen), "-d", ",".join(map(str, depths))]
-    hot = f"hot={sizes.n_hot}"
+    prompt = ["-p", str(sizes.n_prompt), "-n", "0", "-d", str(depths[-1])]
+    hot, f16 = f"hot={sizes.n_hot}", ["-ctk", "f16", "-ctv", "f16", "--kv-mixed"]
     runs = [
-        ["-ctk", "f16", "-ctv", "f16", "--kv-mixed", f"off;{hot},cold=q4_0"],
-        ["-ctk", "q4_0", "-ctv", "q4_0", "--kv-mixed", "off"],
-        ["-ctk", "f16", "-ctv", "f16", "--kv-mixed", f"{hot},cold=q4_0,attn=compose"],
+        (tests, [*f16, f"off;{hot},cold=q4_0"], {}),
+        (tests, ["-ctk", "q4_0", "-ctv", "q4_0", "--kv-mixed", "off"], {}),
+        # hot has room for a whole ubatch there
+        (prompt, [*f16, "off;cold=q4_0"], {"f16": "f16 beside default", "mixed": "default"}),
+        (tests, [*f16, f"{hot},cold=q4_0,attn=compose"], {}),
     ]
     device = ["-dev", "none"] if small else ["-dev", args.device]
     memory = Path("/dev/shm")
@@ -293,16 +296,18 @@ def model(args: argparse.Namespace, sizes: Sizes, records: list[Record], save: C
     with tempfile.TemporaryDirectory(dir=memory if fits else None) as folder:
         path = write_large_model(Path(folder, "model.gguf"), shape)
         say(f"model: {path} written")
-        for run in runs:
+        for of, run, names in runs:
             command = [
                 program("llama-bench"), "-m", str(path), "-ngl", "99", "-fa", "1", "-r", "1" if args.quick else "3",
-                "-o", "jsonl", *device, *tests, *run,
+                "-o", "jsonl", *device, *of, *run,
             ]  # fmt: skip
-            bench(command, deadline, records, save)
+            bench(command, names, deadline, records, save)
 
 
-def bench(command: list[str], deadline: float, records: list[Record], save: Callable[[], None]) -> None:
-    """Adds what llama-bench writes, line by line."""
+def bench(
+    command: list[str], names: dict[str, str], deadline: float, records: list[Record], save: Callable[[], None]
+) -> None:
+    """Adds what llama-bench writes, line by line. names: of caches that are called by others."""
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=errors, text=True)
         timer = threading.Timer(max(deadline - time.monotonic(), 1), process.kill)
@@ -312,8 +317,9 @@ def bench(command: list[str], deadline: float, records: list[Record], save: Call
                 continue
             seen = json.loads(line)
             mixed = seen.get("kv_mixed", "off")
+            cache = "compose" if "compose" in mixed else "mixed" if mixed != "off" else seen["type_k"]
             record = {
-                "cache": "compose" if "compose" in mixed else "mixed" if mixed != "off" else seen["type_k"],
+                "cache": names.get(cache, cache),
                 "test": f"tg{seen['n_gen']}" if seen["n_gen"] else f"pp{seen['n_prompt']}", "depth": seen["n_depth"],
                 "t/s": seen["avg_ts"], "stddev": seen["stddev_ts"], "samples": seen["samples_ts"], "kv_mixed": mixed,
             }  # fmt: skip
@@ -442,6 +448,10 @@ def rows(result: Record, sizes: Sizes) -> list[tuple[str, str, str]]:
         ):
             title = f"{name} at depth {depth} against {'F16' if other == 'f16' else 'uniform Q4_0'}"
             res.append((title, wanted, ratio(ts(cache, kind, depth), ts(other, kind, depth))))
+        default = ts("default", "pp", depth)
+        if default:
+            title = f"prompt at depth {depth} with the default hot against F16"
+            res.append((title, "≥ 0.95 ×", ratio(default, ts("f16 beside default", "pp", depth))))
     move, per_second = us("move"), ts("mixed", "tg", deep)
     if move:  # a token makes a row of every layer move
         move *= N_LAYER / GROUP

@@ -274,7 +274,8 @@ def test_all_of_it(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(0 < r["least"] <= r["us"] <= r["p90"] and r["n"] >= 5 for r in result["times"])
     speeds = {(r["cache"], r["test"], r["depth"]): r["t/s"] for r in result["model"]}
     caches = ("f16", "mixed", "q4_0", "compose")
-    assert set(speeds) == {(cache, test, 0) for cache in caches for test in ("pp32", "tg8")}
+    beside = {(cache, "pp32", 0) for cache in ("f16 beside default", "default")}
+    assert set(speeds) == {(cache, test, 0) for cache in caches for test in ("pp32", "tg8")} | beside
 
     rows = {what: (wanted, seen) for what, wanted, seen in result["table"]}
     assert rows["attention at 512 against F16"] == ("≥ 1.5 ×", f"{timed['f16', 512, 1] / timed['node', 512, 1]:.2f} ×")
@@ -283,6 +284,8 @@ def test_all_of_it(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert rows["node q4_0, 256 cells"][1].startswith(seen)
     seen = f"{speeds['mixed', 'tg8', 0] / speeds['f16', 'tg8', 0]:.2f} ×"
     assert rows["decode at depth 0 against F16"] == ("≥ 1.0 ×", seen)
+    seen = f"{speeds['default', 'pp32', 0] / speeds['f16 beside default', 'pp32', 0]:.2f} ×"
+    assert rows["prompt at depth 0 with the default hot against F16"] == ("≥ 0.95 ×", seen)
     assert rows["node: cases that are wrong"] == ("0", f"0 of {n}")
     printed = capsys.readouterr().out
     assert all(f"| {what} " in printed for what in rows)
@@ -419,9 +422,9 @@ def test_a_benchmark_that_takes_too_long_leaves_what_it_has(tool: ModuleType, tm
     program.chmod(0o755)
     records: list[dict[str, Any]] = []
     start = time.monotonic()
-    tool.bench([str(program), "-r", "3"], start + 0.1, records, lambda: None)
+    tool.bench([str(program), "-r", "3"], {"f16": "mine"}, start + 0.1, records, lambda: None)
     assert time.monotonic() - start < 30
-    assert [records[0][k] for k in ("cache", "test", "depth", "t/s")] == ["f16", "tg64", 8, 50.0]
+    assert [records[0][k] for k in ("cache", "test", "depth", "t/s")] == ["mine", "tg64", 8, 50.0]
     assert records[1] == {"why": "llama-bench ended with status -9", "command": ["-r", "3"], "stderr": "no memory\n"}
 
 
