@@ -275,6 +275,7 @@ void llama_kv_mixed_mover::make_means(ggml_tensor * dst, int ith, int nth, void 
     }
 }
 
+// how much of each row is in each new mean: [n_new][n]
 static std::vector<float> get_shares(const llama_kv_mixed_moves & moves) {
     std::vector<float> res(moves.page_new.size()*moves.size(), 0.0f);
 
@@ -340,9 +341,9 @@ bool llama_kv_mixed_mover::move(const llama_kv_mixed_moves & moves, int n_thread
         if (g.page_new) {
             set(g.page_new, o.moves.page_new.data());
         }
+        const auto shares = g.share ? get_shares(moves) : std::vector<float>(); // (ggml's operations, which are waited for)
         if (g.share) {
-            o.shares = get_shares(moves);
-            set(g.share, o.shares.data());
+            set(g.share, shares.data());
         }
         for (const auto & [data, rot] : g.rots) {
             set(rot, data);

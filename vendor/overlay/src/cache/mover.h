@@ -77,8 +77,7 @@ private:
     // what a move is told, as long as it may be read
     struct order {
         llama_kv_mixed_moves   moves;
-        std::vector<float>     shares; // how much of each row is in each new mean: [n_new][n]
-        ggml_backend_event_ptr done;   // null: it is
+        ggml_backend_event_ptr done; // null: it is
     };
 
     // the pairs that live on one device
