@@ -22,7 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # what pytest runs unless told otherwise
-TESTS = ["tests/cache", "tests/attention/test_attention.py", "tests/attention/test_skip.py", "tests/python/test_context.py"]
+TESTS = [
+    "tests/cache", "tests/attention/test_attention.py", "tests/attention/test_skip.py", "tests/python/test_context.py",
+    "tests/python/test_control.py", "tests/python/test_decoding.py", "tests/python/test_embeddings.py", "tests/python/test_text.py",
+]  # fmt: skip
 
 # --quick: files and folders, and what -k takes of them
 QUICK = {

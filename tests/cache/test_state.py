@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from helpers import raw
 from helpers.by_hand import SHAPE, add, positions, snapshot
-from helpers.tiny_model import write_tiny_model
+from helpers.tiny_model import random_tokens, write_tiny_model
 
 from llamamix import CacheError, Context, ContextError, ContextFullError, KVMixedParams, MixedKVCache, Model
 from llamamix import _ffi as bindings
@@ -29,12 +29,7 @@ MakeContext = Callable[..., Context]
 
 MORE = 50 if os.environ.get("LLAMAMIX_TEST_PROFILE") == "long" else 1
 
-N_VOCAB = 400
 N_SEQ = 3
-
-
-def random_tokens(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(3, N_VOCAB, n)
 
 
 #
