@@ -12,29 +12,25 @@
 #pragma once
 
 #include "attention/attend.h"
+#include "attention/partial.h"
 
 namespace {
 
-// What the weights of a task's query rows sum up to over all hot cells; x: what the task of the first of these chunks has
-// left, that of the next one lies step floats behind it.
-V_INLINE void load_hot(const attn_plan & p, const workspace & w, const float * x, int64_t step, int64_t n_rows) {
+// what the weights of a task's query rows sum up to over all hot cells
+V_INLINE void load_hot(const attn_plan & p, const workspace & w, const partials<float> & parts, int64_t stream, int64_t block, int64_t ikv, int64_t n_rows) {
+    const int64_t first = p.n_chunk - p.n_chunk_hot;
+
     for (int64_t r = 0; r < n_rows; ++r) {
-        w.m_hot[r] = -INFINITY;
-        w.s_hot[r] = 0.0f;
-    }
-    for (int64_t c = 0; c < p.n_chunk_hot; ++c, x += step) {
-        for (int64_t r = 0; r < n_rows; ++r) {
-            const float m = x[p.n_rows*p.ld_v + r];
-            const float s = x[p.n_rows*p.ld_v + p.n_rows + r];
-            if (m == -INFINITY) {
-                continue; // it sees none of the chunk's cells
+        const float m = parts.get_max(stream, block, first, p.n_chunk, ikv, r);
+        float s = 0.0f;
+        for (int64_t c = first; c < p.n_chunk; ++c) {
+            const auto part = parts.get(stream, block, c, ikv);
+            if (part.s(r) != 0.0f) {
+                s += part.s(r)*exp2_1(part.m(r) - m);
             }
-            if (m > w.m_hot[r]) {
-                w.s_hot[r] *= exp2_1(w.m_hot[r] - m);
-                w.m_hot[r]  = m;
-            }
-            w.s_hot[r] += s*exp2_1(m - w.m_hot[r]);
         }
+        w.m_hot[r] = m;
+        w.s_hot[r] = s;
     }
 }
 

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include "attention/partial.h"
+#include "attention/place.h"
 #include "attention/skip.h"
 
 namespace {
@@ -64,56 +66,15 @@ void rotate_back(const attn_args & a, const attn_plan & p, const workspace & w, 
     }
 }
 
-// chunks that lie in the first segment as a whole
-V_INLINE int64_t first_segment_chunks(const attn_args & a, const attn_plan & p) {
-    return p.n_chunk_hot > 0 ? p.n_chunk - p.n_chunk_hot : (a.seg[0].n_kv + TILE - 1)/TILE/p.n_tile;
-}
-
-// what a task is about
-struct place {
-    int64_t ikv, chunk, block, stream; // ikv: the first of its KV heads
-
-    int64_t begin, end; // tiles, none lies in both segments
-
-    V_INLINE place(const attn_args & a, const attn_plan & p, int64_t task) {
-        const bool    is_hot  = task < p.n_task_hot;
-        const int64_t n_cold  = p.n_chunk - p.n_chunk_hot;
-        const int64_t n_chunk = is_hot ? p.n_chunk_hot : n_cold;
-
-        task -= is_hot ? 0 : p.n_task_hot;
-
-        // heads next to each other read cells next to each other
-        ikv    = task*p.n_hpt % a.n_head_kv;
-        chunk  = task*p.n_hpt / a.n_head_kv % n_chunk;
-        block  = task*p.n_hpt / a.n_head_kv / n_chunk % p.n_block;
-        stream = task*p.n_hpt / a.n_head_kv / n_chunk / p.n_block;
-
-        const int64_t n_tile_cold = (a.seg[0].n_kv + TILE - 1)/TILE;
-        const int64_t n_tile      = n_tile_cold + (a.seg[1].n_kv + TILE - 1)/TILE;
-
-        const int64_t limit = p.n_chunk_hot > 0 && !is_hot ? n_tile_cold : n_tile;
-
-        begin = is_hot ? n_tile_cold + chunk : chunk*p.n_tile;
-        end   = is_hot ? begin + 1 : begin + p.n_tile < limit ? begin + p.n_tile : limit;
-
-        chunk += is_hot ? n_cold : 0;
-    }
-};
-
-// what a task leaves of a KV head for the merge: O [n_rows][ld_v], m [n_rows], sums of s [n_rows]
-V_INLINE float * get_partial(const attn_args & a, const attn_plan & p, float * partial, int64_t stream, int64_t block, int64_t chunk, int64_t ikv) {
-    return partial + (((stream*p.n_block + block)*p.n_chunk + chunk)*a.n_head_kv + ikv)*p.n_partial;
-}
-
 void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t task_next, float * partial, float * scratch,
         const llama_kv_mixed_products * products) {
-    const place here (a, p, task);
-    const place after(a, p, task_next);
+    const tile_rows where(a, p, task, task_next);
+    const partials<float> parts { a, p, partial };
 
-    const int64_t ikv0   = here.ikv;
-    const int64_t chunk  = here.chunk;
-    const int64_t block  = here.block;
-    const int64_t stream = here.stream;
+    const int64_t ikv0   = where.here.ikv;
+    const int64_t chunk  = where.here.chunk;
+    const int64_t block  = where.here.block;
+    const int64_t stream = where.here.stream;
 
     const int64_t token0   = block*p.n_tpb;
     const int64_t n_tokens = a.n_tokens - token0 < p.n_tpb ? a.n_tokens - token0 : p.n_tpb;
@@ -123,42 +84,11 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
 
     const auto workspace_of = [&](int64_t h) { return get_workspace(p, scratch, part0 + h, h); };
 
-    const int64_t n_tile_cold = (a.seg[0].n_kv + TILE - 1)/TILE;
-
-    const auto locate = [&](int64_t t, int64_t head_kv, int64_t i_stream, bool is_v) {
-        const int i = t >= n_tile_cold;
-        const auto & seg = a.seg[i];
-        const size_t * nb = is_v ? seg.nb_v : seg.nb_k;
-        return rows {
-            (const uint8_t *) (is_v ? seg.v : seg.k) + head_kv*nb[0] + (t - (i ? n_tile_cold : 0))*TILE*nb[1] + i_stream*nb[2], nb[1],
-            (int64_t) p.row_size[i][is_v],
-        };
-    };
-
-    // What is fetched while head h of a tile is worked on: the head's rows of the next tile. Where a task has all heads, whose
-    // rows lie side by side, it is an equal part of all these rows instead: they share cache lines.
-    const auto locate_next = [&](int64_t it, int64_t h, bool is_v) {
-        const bool last = it + 1 == here.end;
-        if (last && task_next >= p.n_task) {
-            return rows {};
-        }
-        const int64_t t = last ? after.begin : it + 1;
-        rows res = locate(t, (last ? after.ikv : ikv0) + h, last ? after.stream : stream, is_v);
-        const auto & seg = a.seg[t >= n_tile_cold];
-        const size_t nb_head = (is_v ? seg.nb_v : seg.nb_k)[0];
-        if (p.n_hpt == a.n_head_kv && nb_head*p.n_hpt <= res.nb) {
-            res.nb      = (res.nb + p.n_hpt - 1)/p.n_hpt;
-            res.data   += h*(TILE*res.nb - nb_head);
-            res.n_bytes = res.nb;
-        }
-        return res;
-    };
-
     // whether rows of V may be left unread, and are not fetched before it is known which
     const bool skips = p.n_chunk_hot > 0 && task >= p.n_task_hot;
 
     for (int64_t h = 0; skips && h < p.n_hpt; ++h) {
-        load_hot(p, workspace_of(h), get_partial(a, p, partial, stream, block, p.n_chunk - p.n_chunk_hot, ikv0 + h), a.n_head_kv*p.n_partial, n_rows);
+        load_hot(p, workspace_of(h), parts, stream, block, ikv0 + h, n_rows);
     }
 
     float * mask = workspace_of(0).mask;
@@ -177,8 +107,8 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
 
         int i_seg = -1;
 
-        for (int64_t it = here.begin; it < here.end; ++it) {
-            const int i = it >= n_tile_cold;
+        for (int64_t it = where.here.begin; it < where.here.end; ++it) {
+            const int i = where.get_segment(it);
             const auto & seg = a.seg[i];
 
             for (int64_t h = h0; i != i_seg && h < h1; ++h) {
@@ -194,7 +124,7 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
             }
             i_seg = i;
 
-            const int64_t cell = (it - (i ? n_tile_cold : 0))*TILE;
+            const int64_t cell = where.get_cell(it);
             const int64_t col  = cell + (i ? a.seg[0].n_kv : 0); // of the mask
             const int n = (int) (seg.n_kv - cell < TILE ? seg.n_kv - cell : TILE);
 
@@ -210,7 +140,7 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
             for (int64_t h = h0; h < h1; ++h) {
                 const auto get_tile = [&](bool is_v) {
                     const int64_t n_block = ((is_v ? a.n_embd_v : a.n_embd_k) + BLOCK - 1)/BLOCK;
-                    return tile { locate(it, ikv0 + h, stream, is_v), n_seen, n_block, is_v && skips ? rows {} : locate_next(it, h, is_v), nullptr, 0 };
+                    return tile { where.get(it, ikv0 + h, stream, is_v), n_seen, n_block, is_v && skips ? rows {} : where.get_next(it, h, is_v), nullptr, 0 };
                 };
 
                 const uint8_t * mean = nullptr;
@@ -263,11 +193,11 @@ void attn_task(const attn_args & a, const attn_plan & p, int64_t task, int64_t t
         }
 
         if (p.n_partial > 0) {
-            float * dst = get_partial(a, p, partial, stream, block, chunk, ikv0 + h);
-            memcpy(dst, w.O, n_rows*p.ld_v*sizeof(float));
-            memcpy(dst + p.n_rows*p.ld_v, w.m, n_rows*sizeof(float));
+            const auto part = parts.get(stream, block, chunk, ikv0 + h);
+            memcpy(part.O(0),  w.O, n_rows*p.ld_v*sizeof(float));
+            memcpy(&part.m(0), w.m, n_rows*sizeof(float));
             for (int64_t r = 0; r < n_rows; ++r) {
-                dst[p.n_rows*p.ld_v + p.n_rows + r] = v_hsum(v_load(w.s + r*V_LEN));
+                part.s(r) = v_hsum(v_load(w.s + r*V_LEN));
             }
             continue;
         }
@@ -287,6 +217,8 @@ void attn_task_of(const attn_args & a, const attn_plan & p, int64_t task, int64_
 }
 
 void attn_merge(const attn_args & a, const attn_plan & p, const float * partial, int64_t row0, int64_t row1) {
+    const partials<const float> parts { a, p, partial };
+
     const int64_t n_rotated = a.n_rot_v > 0 ? first_segment_chunks(a, p) : 0;
 
     for (int64_t row = row0; row < row1; ++row) {
@@ -297,15 +229,9 @@ void attn_merge(const attn_args & a, const attn_plan & p, const float * partial,
         const int64_t block = token/p.n_tpb;
         const int64_t r     = token % p.n_tpb*p.n_gqa + head % p.n_gqa;
 
-        // partial results of the row, chunk by chunk
-        const float * x = partial + ((stream*p.n_block + block)*p.n_chunk*a.n_head_kv + head/p.n_gqa)*p.n_partial;
-        const int64_t step = a.n_head_kv*p.n_partial;
+        const int64_t ikv = head/p.n_gqa;
 
-        float m = -INFINITY;
-        for (int64_t c = 0; c < p.n_chunk; ++c) {
-            const float y = x[c*step + p.n_rows*p.ld_v + r];
-            m = y > m ? y : m;
-        }
+        const float m = parts.get_max(stream, block, 0, p.n_chunk, ikv, r);
 
         float O[LLAMA_KV_MIXED_MAX_EMBD] = {};
         float s = 0.0f;
@@ -313,15 +239,14 @@ void attn_merge(const attn_args & a, const attn_plan & p, const float * partial,
             if (c == n_rotated && c > 0) {
                 rotate(O, a.n_embd_v, a.n_rot_v);
             }
-            const float * y = x + c*step;
-            const float s_c = y[p.n_rows*p.ld_v + p.n_rows + r];
-            if (s_c == 0.0f) {
+            const auto part = parts.get(stream, block, c, ikv);
+            if (part.s(r) == 0.0f) {
                 continue;
             }
-            const float e = exp2_1(y[p.n_rows*p.ld_v + r] - m);
-            s += e*s_c;
+            const float e = exp2_1(part.m(r) - m);
+            s += e*part.s(r);
             for (int64_t i = 0; i < p.ld_v; i += V_LEN) {
-                v_store(O + i, v_fma(v_set(e), v_load(y + r*p.ld_v + i), v_load(O + i)));
+                v_store(O + i, v_fma(v_set(e), v_load(part.O(r) + i), v_load(O + i)));
             }
         }
 
