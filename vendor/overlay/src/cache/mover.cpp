@@ -307,9 +307,7 @@ bool llama_kv_mixed_mover::move(const llama_kv_mixed_moves & moves, int n_thread
     for (auto & dev : devs) {
         ggml_backend_dev_t device = ggml_backend_get_device(dev.backend.get());
 
-        const bool has_kernels = dev.pairs.empty() && dev.pairs_fused.empty();
-
-        ggml_backend_t queue = has_kernels ? find_backend(sched, device) : nullptr;
+        ggml_backend_t queue = dev.can_queue() ? find_backend(sched, device) : nullptr;
         if (!queue && sched) {
             ggml_backend_sched_synchronize(sched);
         }

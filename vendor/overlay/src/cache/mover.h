@@ -86,6 +86,9 @@ private:
         std::vector<pair> pairs_fused; // by the CPU's kernels
         std::vector<pair> pairs_op;    // by the device's own
 
+        // whether its own kernels do all of a move, which then need not be waited for
+        bool can_queue() const { return pairs.empty() && pairs_fused.empty(); }
+
         ggml_backend_ptr backend; // without a scheduler
         ggml_gallocr_ptr galloc;
 
