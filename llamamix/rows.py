@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 from .errors import LlamamixError
@@ -39,14 +39,18 @@ def read_rows(
 
 
 def row_from_json(cls: type[_R], line: str) -> _R:
-    """An instance of a dataclass from a line that has its fields, and perhaps others. Raises ValueError."""
+    """An instance of a dataclass from a line that has its fields, and perhaps others. Raises ValueError.
+
+    A line may lack fields that have a default: those that were not recorded once.
+    """
     try:
         data = json.loads(line)
     except (ValueError, RecursionError):
         raise ValueError("this is not JSON") from None
     if not isinstance(data, dict):
         raise ValueError("this is no record")
-    return cls(**{field.name: _value(data, field.name, str(field.type)) for field in fields(cls)})  # type: ignore[arg-type]
+    there = (field for field in fields(cls) if field.name in data or field.default is MISSING)  # type: ignore[arg-type]
+    return cls(**{field.name: _value(data, field.name, str(field.type)) for field in there})
 
 
 # what a field's annotation allows

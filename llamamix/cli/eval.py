@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._files import check_outputs
-from ._options import MODEL_HELP, add_command, add_model, model_path, start_log
+from ._options import MODEL_HELP, add_command, add_model, add_rpc, model_params, model_path, start_log
 from ._output import FORMS, render, show
 from ._progress import bars, file_progress
 
@@ -73,6 +73,7 @@ def register(commands: Any) -> None:
     context.add_argument("-ub", "--ubatch-size", type=int, metavar="N", help="default: 512")
     context.add_argument("-t", "--threads", type=int, metavar="N", help="default: as many as there are CPUs")
     context.add_argument("-ngl", "--n-gpu-layers", type=int, metavar="N", help="-1: all (default)")
+    add_rpc(context)
     context.add_argument("--keep", metavar="DIR", help="keep what was measured there (default: in the cache folder)")
     context.add_argument("--no-keep", action="store_true", default=None, help="measure all of it, and keep nothing")
 
@@ -88,7 +89,7 @@ def register(commands: Any) -> None:
 # what only a new run has
 _NEW_RUN = (
     "file", "text", "ctx_size", "chunks", "leg", "n_decode", "stride", "kv_mixed", "cache_type_k", "cache_type_v",
-    "flash_attn", "ablate", "reference", "f32", "batch_size", "ubatch_size", "threads", "n_gpu_layers", "keep",
+    "flash_attn", "ablate", "reference", "f32", "batch_size", "ubatch_size", "threads", "n_gpu_layers", "rpc", "keep",
     "no_keep", "jsonl",
 )  # fmt: skip
 
@@ -114,17 +115,14 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
-    from ..params import ModelParams
-
     plan, cases, store = _plan(args), _cases(args), _store(args)
-    model_params = {} if args.n_gpu_layers is None else {"n_gpu_layers": args.n_gpu_layers}
-    ModelParams(**model_params)
+    of_model = model_params(args)
     sources = _sources(args)
     paths = [model_path(name) for name in args.model]
     with _Output(args) as output:
         try:
             for path in paths:
-                _measure_model(args, path, model_params, plan, cases, sources, store, output)
+                _measure_model(args, path, of_model, plan, cases, sources, store, output)
         finally:
             output.finish()
 
@@ -132,7 +130,7 @@ def _measure(args: argparse.Namespace) -> None:
 def _measure_model(
     args: argparse.Namespace,
     path: Path,
-    model_params: dict[str, Any],
+    of_model: dict[str, Any],
     plan: Plan,
     cases: Sequence[Case],
     sources: Sequence[Source],
@@ -147,7 +145,7 @@ def _measure_model(
         if args.f32:
             path = expand(path, progress)
         sha256 = sha256_of(path, progress)
-    with Model(path, **model_params) as model, _progress() as bar:
+    with Model(path, **of_model) as model, _progress() as bar:
         Runner(
             model, plan, cases, sources, store, model_sha256=sha256, emit=output.add, progress=bar
         ).run()  # fmt: skip

@@ -71,6 +71,9 @@ class Row:
         ppl_ratio_err: Its error.
         lookup_distances: Of every value that was looked up: how many tokens before it had come.
         lookup_found: 1 where it was found, 0 where not.
+        backends: What computes, CPU or names with commas between them.
+        gpu_info: The GPUs.
+        n_gpu_layers: As asked for, -1: all.
     """
 
     llamamix: str
@@ -119,6 +122,9 @@ class Row:
     ppl_ratio_err: float | None
     lookup_distances: tuple[int, ...]
     lookup_found: tuple[int, ...]
+    backends: str = "CPU"
+    gpu_info: str = ""
+    n_gpu_layers: int = -1
 
     @property
     def model(self) -> str:

@@ -328,7 +328,7 @@ def test_nothing_is_computed_twice(tiny_model: Model, tmp_path: Path, contexts: 
     assert contexts == []
 
 
-@pytest.mark.parametrize("what", ["library", "model", "cpu", "rotation"])
+@pytest.mark.parametrize("what", ["library", "model", "cpu", "devices", "rotation"])
 def test_what_is_another_is_computed(
     tiny_model: Model, tmp_path: Path, contexts: list[str], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -340,6 +340,8 @@ def test_what_is_another_is_computed(
         monkeypatch.setattr(runner, "library_digest", lambda: "0" * 64)
     if what == "cpu":
         monkeypatch.setattr(machine, "cpu_info", lambda: "another")
+    if what == "devices":
+        monkeypatch.setattr(machine, "backends", lambda with_servers: "CUDA")
     if what == "rotation":
         monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
     if what == "model":

@@ -201,6 +201,16 @@ def test_damaged_records_are_refused(tmp_path: Path, change: dict[str, Any], tex
         read_records(path)
 
 
+def test_records_from_before_devices_were_told_are_those_of_a_cpu(tmp_path: Path) -> None:
+    record = make_row().record()
+    path = tmp_path / "run.jsonl"
+    path.write_text(json.dumps({k: v for k, v in record.items() if k not in ("backends", "gpu_info", "n_gpu_layers")}))
+    assert read_records(path) == [make_row(backends="CPU", gpu_info="", n_gpu_layers=-1)]
+    path.write_text(json.dumps({k: v for k, v in record.items() if k != "cpu_info"}))
+    with pytest.raises(EvalError, match="cpu_info is missing"):
+        read_records(path)
+
+
 def test_what_is_no_recording(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     for content in (b"[]\n", b"{}\n", b"x\n", b"\xff\n"):

@@ -67,6 +67,27 @@ def test_bench_says_what_computes(server: RpcServer, tiny_model_path: Path, caps
     assert {row["backends"] for row in json.loads(out)} == {"RPC"}
 
 
+def test_eval_on_a_server(
+    server: RpcServer, tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was kept of another machine is not taken for it."""
+    text = tmp_path / "text.txt"
+    text.write_text("the ants and the man of the hill " * 200)
+    args = (
+        "eval", "-m", tiny_model_path, "-f", text, "-c", "256", "--n-decode", "8", "--leg", "decode", "-t", "1",
+        "--kv-mixed", "hot=32,cold=q4_0", "--keep", tmp_path / "kept", "-o", "json",
+    )  # fmt: skip
+    results, n_kept = [], []
+    for rpc in ((), ("--rpc", server.endpoint), ()):
+        results.append(json.loads(run(capsys, *args, *rpc)[1]))
+        n_kept.append(len(list((tmp_path / "kept").rglob("*.npz"))))
+    assert 0 < 2 * n_kept[0] == n_kept[1] == n_kept[2]
+    assert server.text().count("Accepted client connection") > 1
+    assert [{row["backends"] for row in rows} for rows in results] == [{"CPU"}, {"RPC"}, {"CPU"}]
+    measured = [[row["kld_mean"] for row in rows] for rows in results]
+    assert measured[0] == measured[1] == measured[2] and measured[0][-1] > 0
+
+
 def test_serve_on_a_server(server: RpcServer, tiny_model_path: Path) -> None:
     find_program("llama-server")
     args = command("serve", "-m", tiny_model_path, "--port", 0, "-c", 512, "-np", 1, "-t", 1, "--rpc", server.endpoint)
@@ -137,7 +158,7 @@ def test_rpc_server(tiny_model_path: Path, tmp_path: Path) -> None:
 #
 
 
-@pytest.mark.parametrize("program", ["rpc-server", "generate", "chat", "bench", "serve"])
+@pytest.mark.parametrize("program", ["rpc-server", "generate", "chat", "bench", "eval", "serve"])
 def test_the_help_warns(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, program, "--help")
     assert code == 0 and WARNING in " ".join(out.split())
