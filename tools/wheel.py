@@ -14,6 +14,7 @@ There is no HTTPS in these programs: OpenSSL would have to come with the wheel, 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -27,9 +28,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# what the preset "portable" sets
-OPTIONS = {"GGML_NATIVE": "OFF", "GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON", "LLAMA_OPENSSL": "OFF"}
-
 
 class WheelError(Exception):
     """The wheel can not be made, or is not what it should be."""
@@ -40,6 +38,12 @@ def run(*command: str | Path) -> None:
     print("+", *command, file=sys.stderr, flush=True)
     if subprocess.run(command).returncode != 0:
         raise WheelError(f"{command[0]} failed.")
+
+
+def portable_options() -> dict[str, str]:
+    """What the preset "portable" sets itself."""
+    presets = json.loads((ROOT / "CMakePresets.json").read_bytes())["configurePresets"]
+    return next(dict(preset["cacheVariables"]) for preset in presets if preset["name"] == "portable")
 
 
 def build(folder: Path, options: dict[str, str]) -> Path:
@@ -83,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise WheelError(f"Upstream has no set of kernels for {platform.machine()}.")
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         with tempfile.TemporaryDirectory() as tmp:
-            wheel = build(Path(tmp, "built"), OPTIONS | ({"LLAMA_BUILD_UI": "OFF"} if args.no_page else {}))
+            wheel = build(Path(tmp, "built"), portable_options() | ({"LLAMA_BUILD_UI": "OFF"} if args.no_page else {}))
             if sys.platform == "linux":
                 wheel = repair(wheel, Path(tmp, "repaired"))
             check(wheel)
