@@ -1,127 +1,34 @@
 """A mixed cache on a device with memory of its own (own_memory.cpp), which computes as the CPU does.
 
 Attention is composed of ggml's operations there, and migrations are made of them. The CPU composes the same operations,
-so every bit must be the same. Nothing is computed there before somebody waits for it. An address on the device that is taken for one in the host's memory ends these tests, a
-custom operation that the device is given makes decode() fail, and operations that the device does not have are refused
-when the context is made.
+so every bit must be the same. Nothing is computed there before somebody waits for it. An address on the device that is
+taken for one in the host's memory ends these tests, a custom operation that the device is given makes decode() fail, and
+operations that the device does not have are refused when the context is made.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers import raw
 from helpers.allowances import ATOL, F32, rms
-from helpers.histories import decode, operate
-from helpers.processes import find_program, library_dir
+from helpers.histories import decode
+from helpers.own_memory import Device, assert_moved, mixed
 from helpers.rows import GRIDS
 from helpers.tiny_model import random_tokens
 
-from llamamix import Context, ContextError, KVMixedParams, Model, Trace, _ffi
+from llamamix import Context, ContextError, KVMixedParams, Model
 from llamamix.formats import FORMATS
-from llamamix.trace import EventKind
 
-N_LAYER, N_EMBD_KV = 2, 128  # of the tiny model, values in a row of K or V
+Make = Callable[..., Context]
 
 # cold types whose rows are stored by the device's operations as by the CPU's kernels, which search a scale for the
 # others
 SAME_ROWS = [name for name in FORMATS if name not in GRIDS]
-
-
-def mixed(cold: str, attn: str = "auto", **params: Any) -> KVMixedParams:
-    return KVMixedParams(**{"hot": 48, "group": 12, "sink": 4, "cold": cold, "attn": attn} | params)
-
-
-class Device:
-    """The device, and models whose layers are on it or on the CPU."""
-
-    def __init__(self, path: Path) -> None:
-        self.on_cpu = Model(path)  # before there is a device
-
-        # own-memory.so takes ggml's functions from the process
-        for name in ("ggml-base", "ggml"):
-            ggml = ctypes.CDLL(str(library_dir() / _ffi._file_name(name)), mode=ctypes.RTLD_GLOBAL)
-        library = str(find_program("own-memory.so", "own-memory"))
-        self._own = ctypes.CDLL(library)  # never closed: it stays in memory when ggml unloads it
-        ggml.ggml_backend_load.restype = ctypes.c_void_p
-        self._reg = ctypes.c_void_p(ggml.ggml_backend_load(library.encode()))
-        assert self._reg
-        self._unload = ggml.ggml_backend_unload
-
-        self.whole = Model(path, n_gpu_layers=99)
-        self.upper = Model(path, n_gpu_layers=2)  # the second layer and the output
-
-    def refuse(self, *operations: str) -> None:
-        """Operations that it does not have, by the types of their first source and of their result."""
-        self._own.own_memory_refuse(",".join(operations).encode())
-
-    def claim_custom(self, claims: bool) -> None:
-        """Whether it says that it has custom operations."""
-        self._own.own_memory_claim_custom(ctypes.c_bool(claims))
-
-    def emulate_cuda(self, emulates: bool) -> None:
-        """Whether it has the kernels for CUDA, emulated. Counts of its nodes start at 0."""
-        self._own.own_memory_emulate_cuda(ctypes.c_bool(emulates))
-
-    def n_nodes(self, kind: str) -> int:
-        """How many nodes of a kind it has computed by these."""
-        return self._own.own_memory_n_emulated(("attention", "join", "means", "move").index(kind) + 1)
-
-    def n_read(self) -> int:
-        """Bytes that went from it to the host since the last call."""
-        self._own.own_memory_n_read.restype = ctypes.c_size_t
-        return self._own.own_memory_n_read()
-
-    def n_waits(self) -> int:
-        """How often somebody waited since the last call, for what was not done."""
-        self._own.own_memory_n_waits.restype = ctypes.c_size_t
-        return self._own.own_memory_n_waits()
-
-    def close(self) -> None:
-        for model in (self.on_cpu, self.whole, self.upper):
-            model.close()
-        self._unload(self._reg)
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_model_path: Path) -> Iterator[Device]:
-    device = Device(tiny_model_path)
-    yield device
-    device.close()
-
-
-@pytest.fixture
-def device(loaded: Device) -> Iterator[Device]:
-    yield loaded
-    loaded.refuse()
-    loaded.claim_custom(False)
-    loaded.emulate_cuda(False)
-
-
-Make = Callable[..., Context]
-
-
-@pytest.fixture
-def make(device: Device, make_context: Make) -> Make:
-    """Makes a context whose layers and cache are on the device, or another model's."""
-
-    def make(model: Model | None = None, **params: Any) -> Context:
-        return make_context(model or device.whole, **{"n_ctx": 512, "n_ubatch": 64} | params)
-
-    return make
-
-
-def assert_moved(context: Context, n_tokens: int = 240) -> None:
-    stats = context.stats
-    assert stats.n_migrations > 10
-    assert stats.hot_used + stats.cold_used == n_tokens
-    assert stats.cold_used > n_tokens - 48
 
 
 #
@@ -198,10 +105,9 @@ def test_the_kernel_is_refused(make: Make) -> None:
 GPU_COLD = ["q4_0", "iq4_nl", "q8_0", "q5_0"]  # what it has kernels for that store rows
 
 # (which takes a sanitizer very long: it looks at the whole stack whenever a thread of the GPU takes turns with another)
-emulated = pytest.mark.emulated
 
 
-@emulated
+@pytest.mark.emulated
 @pytest.mark.parametrize("flash_attn", ["off", "on"])
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("cold", GPU_COLD)
@@ -229,7 +135,7 @@ def test_kernels_for_gpus(cold: str, mean: bool, flash_attn: str, device: Device
     assert rms(actual - expected) < {"q4_0": 0.05, "q8_0": 0.25}.get(cold, 0.25) * effect
 
 
-@emulated
+@pytest.mark.emulated
 @pytest.mark.parametrize("unified", [True, False])
 def test_kernels_for_gpus_and_several_sequences(unified: bool, device: Device, make: Make) -> None:
     device.emulate_cuda(True)
@@ -262,7 +168,7 @@ def test_hot_has_room_for_a_ubatch(n_ctx: int, n_ubatch: int, hot: int, device: 
     assert make(device.on_cpu, kv_mixed=True, **sizes).kv_mixed.n_hot == 512
 
 
-@emulated
+@pytest.mark.emulated
 @pytest.mark.parametrize("emulates", [True, False], ids=["kernels", "operations"])
 def test_rows_stay_on_the_device_when_they_become_cold(emulates: bool, device: Device, make: Make) -> None:
     """Nothing but logits goes to the host."""
@@ -279,7 +185,7 @@ def test_rows_stay_on_the_device_when_they_become_cold(emulates: bool, device: D
     assert device.n_read() == 40 * context.model.n_vocab * 4
 
 
-@emulated
+@pytest.mark.emulated
 @pytest.mark.parametrize("n_tokens", [1, 30])
 def test_migrations_are_not_waited_for(n_tokens: int, device: Device, make: Make) -> None:
     """Rows move behind the tokens before and ahead of the next ones."""
@@ -304,7 +210,7 @@ def test_migrations_are_not_waited_for(n_tokens: int, device: Device, make: Make
     assert 39 <= count(mixed("q4_0")) < 45
 
 
-@emulated
+@pytest.mark.emulated
 def test_others_make_way_for_a_state(device: Device, make: Make) -> None:
     """Their rows move before those of the state take their cells."""
     device.emulate_cuda(True)
@@ -327,7 +233,7 @@ def test_others_make_way_for_a_state(device: Device, make: Make) -> None:
     assert rms(actual - expected) < 0.01 * rms(expected)
 
 
-@emulated
+@pytest.mark.emulated
 def test_what_gpus_have_no_kernels_for_is_composed(
     device: Device, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -457,230 +363,3 @@ def test_a_migration_that_the_device_can_not_make(
     reason = f"OwnMemory0 can not move {pair}, it has no {name} of {source} rows to {target}"
     with pytest.raises(ContextError, match=reason):
         make(kv_mixed=KVMixedParams(hot=48, cold_k=cold_k, cold_v=cold_v))
-
-
-#
-# what caches do
-#
-
-
-@pytest.mark.parametrize("cold", ["f16", "q8_0", "q4_0", "iq4_nl"])
-def test_bytes_and_counts(cold: str, device: Device, make: Make) -> None:
-    context, other = make(kv_mixed=mixed(cold)), make(device.on_cpu, kv_mixed=mixed(cold))
-    for c in (context, other):
-        decode(c)
-    stats = context.stats
-    row = {
-        "f16": 2 * N_EMBD_KV,
-        "q8_0": N_EMBD_KV // 32 * 34,
-        "q4_0": N_EMBD_KV // 32 * 18,
-        "iq4_nl": N_EMBD_KV // 32 * 18,
-    }
-    assert stats.bytes_hot == 48 * N_LAYER * 2 * 2 * N_EMBD_KV
-    means = 0 if cold == "f16" else -(-stats.cold_size // 128) * N_LAYER * 2 * N_EMBD_KV
-    assert stats.bytes_cold == stats.cold_size * N_LAYER * 2 * row[cold] + means
-    assert stats.bytes_plain == 512 * N_LAYER * 2 * 2 * N_EMBD_KV
-    for name in ("n_migrations", "n_tokens_moved", "hot_used", "cold_used", "cold_size"):
-        assert getattr(stats, name) == getattr(other.stats, name)
-
-
-@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
-@pytest.mark.parametrize("cold", ["f16", "bf16", "q8_0", "q4_0", "q5_1"])
-def test_operations_on_sequences(cold: str, unified: bool, device: Device, make: Make) -> None:
-    params = {"n_ctx": 512 if unified else 3 * 256, "n_seq_max": 3, "kv_unified": unified}
-    context = make(kv_mixed=mixed(cold, mean=False), **params)
-    other = make(device.on_cpu, kv_mixed=mixed(cold, "compose", mean=False), **params)
-    np.testing.assert_array_equal(operate(context, unified), operate(other, unified))
-    assert context.stats.n_migrations > 10
-    for name in ("n_migrations", "hot_used", "cold_used"):
-        assert getattr(context.stats, name) == getattr(other.stats, name)
-
-
-@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
-@pytest.mark.parametrize("cold", ["q8_0", "q4_0"])
-def test_means_on_the_device(cold: str, unified: bool, device: Device, make: Make) -> None:
-    """Its sums have another order: a mean near a border of F16 becomes the number next to it.
-
-    That is 2**-11 of values up to 4, against a step of Q4_0 of 4 / 8, of Q8_0 of 4 / 127: 0.4 % and 6 % of a step, which
-    move as many codes of those rows, each by a step. What differs is less than a tenth of what quantisation does, and of
-    Q8_0 a third.
-    """
-    params = {"n_ctx": 512 if unified else 3 * 256, "n_seq_max": 3, "kv_unified": unified}
-    actual = operate(make(kv_mixed=mixed(cold), **params), unified)
-    expected, exact, without = (
-        operate(make(device.on_cpu, kv_mixed=mixed(c, "compose", mean=mean), **params), unified)
-        for c, mean in ((cold, True), ("f16", True), (cold, False))
-    )
-    share = {"q4_0": 0.1, "q8_0": 0.3}[cold]
-    effect = float(np.sqrt(np.mean((expected - exact) ** 2)))
-    assert float(np.sqrt(np.mean((actual - expected) ** 2))) < share * effect
-    assert float(np.sqrt(np.mean((actual - without) ** 2))) > 0.5 * effect  # without means it would be something else
-
-
-def shift(context: Context) -> np.ndarray:
-    """Logits of what follows when a part of a sequence is removed and the rest has moved up."""
-    context.decode(random_tokens(200))
-    context.memory.seq_rm(0, 4, 60)
-    context.memory.seq_add(0, 60, -1, -56)
-    context.decode(random_tokens(40, 1), logits="all")
-    return context.logits
-
-
-@pytest.mark.parametrize(("cold", "operation"), [("q4_0", "CPY f32 q4_0"), ("f16", "CPY f32 f16")])
-def test_a_context_shift_that_the_device_can_not_compute(cold: str, operation: str, device: Device, make: Make) -> None:
-    """ggml's scheduler computes elsewhere what a device does not have, and is not asked to do so in the cache itself."""
-    device.refuse(operation)
-
-    actual = shift(make(kv_mixed=mixed(cold)))
-    np.testing.assert_array_equal(actual, shift(make(device.on_cpu, kv_mixed=mixed(cold, "compose"))))
-
-
-@emulated
-def test_a_context_shift_of_rows_that_only_kernels_read(device: Device, make: Make) -> None:
-    """CUDA has kernels for rows of IQ4_NL, and no operation that expands them: ggml's scheduler does that elsewhere."""
-    device.emulate_cuda(True)
-    device.refuse("CPY iq4_nl f32")
-
-    f16 = {"type_k": "f16", "type_v": "f16"}
-    context = make(kv_mixed=mixed("auto"), **f16)
-    actual = shift(context)
-    assert context.kv_mixed.cold == "iq4_nl" and device.n_nodes("attention") + device.n_nodes("join") > 0
-    expected = shift(make(device.on_cpu, kv_mixed=mixed("iq4_nl", "compose"), **f16))
-    effect = rms(expected - shift(make(device.on_cpu, kv_mixed=None, **f16)))
-    assert 0 < rms(actual - expected) < 0.25 * effect  # as in test_kernels_for_gpus
-
-
-@pytest.mark.parametrize("kv_type", ["f32", "f16"])
-def test_a_context_shift_is_the_plain_caches(kv_type: str, make: Make) -> None:
-    """Rows of both parts are turned on the device; upstream turns F16 rows in F16, where these are turned in F32."""
-
-    def run(kv_mixed: Any, flash_attn: str = "off") -> np.ndarray:
-        context = make(kv_mixed=kv_mixed, type_k=kv_type, type_v=kv_type, flash_attn=flash_attn)
-        logits = shift(context)
-        if kv_mixed:
-            assert context.stats.n_migrations > 10
-        return logits
-
-    expected = run(False)
-    atol = ATOL
-    if kv_type == "f16":
-        # K rows are stored once more, off by up to 2**-12 of their size in both; a score is a sum of 64 products with
-        # queries of size 2 over sqrt(64): off by 2**-12 / sqrt(3) * 2 each, twice that after two layers, which changes
-        # logits (size 3) in proportion; 5 times that for the largest of 16,000
-        atol = 2**-12 / np.sqrt(3) * 2 * 2 * 3 * 5
-    np.testing.assert_allclose(run(mixed(kv_type)), expected, rtol=0, atol=atol)
-
-
-#
-# states
-#
-
-
-@pytest.mark.parametrize("cold", ["f16", "q8_0", "q4_0", "q5_1"])
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "sequence"])
-def test_a_state_goes_to_the_cpu_and_back(whole: bool, cold: str, device: Device, make: Make) -> None:
-    params = {"n_seq_max": 2, "kv_unified": True}
-    seq_id = None if whole else 1
-
-    def fill(context: Context) -> None:
-        context.decode(random_tokens(100), seq_id=0)
-        context.decode(random_tokens(80, 1), seq_id=1)
-        context.memory.seq_rm(1, 20, 40)
-
-    on_device, on_cpu = (
-        make(kv_mixed=mixed(cold), **params),
-        make(device.on_cpu, kv_mixed=mixed(cold, "compose"), **params),
-    )
-    fill(on_device)
-    fill(on_cpu)
-    assert on_device.stats.cold_used > 100
-    state = on_device.state_save(seq_id)
-    assert state == on_cpu.state_save(seq_id)  # rows that were moved by the device's operations and by the kernel
-
-    on_cpu.memory.clear()
-    on_cpu.state_load(state, seq_id)
-    assert on_cpu.state_save(seq_id) == state
-    back = make(kv_mixed=mixed(cold), **params)
-    back.decode(random_tokens(30, 2), seq_id=1)  # which it replaces
-    back.state_load(on_cpu.state_save(seq_id), seq_id)
-    assert back.state_save(seq_id) == state
-
-    # and goes on as if nothing had happened
-    if whole:
-        for context in (on_device, on_cpu, back):
-            context.decode(random_tokens(40, 3), seq_id=1, logits="all")
-        np.testing.assert_array_equal(on_cpu.logits, on_device.logits)
-        np.testing.assert_array_equal(back.logits, on_device.logits)
-
-
-def test_a_sequence_comes_back_under_another_name(make: Make) -> None:
-    context = make(kv_mixed=mixed("q4_0"), n_seq_max=2, kv_unified=False, n_ctx=512)
-    context.decode(random_tokens(120), seq_id=0)
-    state = context.state_save(0)
-    context.state_load(state, 1)
-    context.decode(random_tokens(30, 1), seq_id=0, logits="all")
-    expected = context.logits
-    context.decode(random_tokens(30, 1), seq_id=1, logits="all")
-    np.testing.assert_array_equal(context.logits, expected)
-
-
-@pytest.mark.parametrize("cold", ["f16", "q4_0"])
-def test_rows_that_stay_on_the_device(cold: str, make: Make) -> None:
-    context = make(kv_mixed=mixed(cold), n_seq_max=2, kv_unified=True)
-    context.decode(random_tokens(150))
-    before = context.state_save(0)
-    kept = raw.state_get(context, 0, raw.ON_DEVICE)
-    assert len(kept) < len(before) / 4  # rows are not in it
-    context.memory.clear()
-    context.decode(random_tokens(150, 1), seq_id=1)  # other rows take the cells
-    context.memory.seq_rm(1)
-    assert raw.state_set(context, kept, 0, raw.ON_DEVICE) == (len(kept), "")
-    assert context.state_save(0) == before
-
-
-#
-# the trace
-#
-
-
-def errors(context: Context) -> list[tuple[Any, ...]]:
-    """Of every migration."""
-    with Trace(context, layers=True) as trace:
-        decode(context)
-        moves = [e for e in trace.read() if e.kind == EventKind.MIGRATE]
-    return [(e.rmse_k, e.max_k, e.rmse_v, e.max_v, e.layers, e.bytes_in, e.bytes_out) for e in moves]
-
-
-@pytest.mark.parametrize("cold", GRIDS)
-def test_scales_are_searched_on_the_cpu(cold: str, device: Device, make: Make) -> None:
-    """The device stores rows by ggml's operation, whose error is larger by 6 % and more for a normal distribution."""
-    (k, _, v, *_), (k_cpu, _, v_cpu, *_) = (
-        np.mean([e[:4] for e in errors(context)], axis=0)
-        for context in (make(kv_mixed=mixed(cold)), make(device.on_cpu, kv_mixed=mixed(cold)))
-    )
-    assert k_cpu < 0.97 * k and v_cpu < 0.97 * v
-
-
-@pytest.mark.parametrize("cold", ["f16", "q8_0", "q4_0", "q5_1"])
-def test_errors_are_measured(cold: str, device: Device, make: Make) -> None:
-    actual = errors(make(kv_mixed=mixed(cold)))
-    assert len(actual) > 10
-    assert actual == errors(make(device.on_cpu, kv_mixed=mixed(cold, "compose")))
-    if cold == "f16":
-        assert all(move[:4] == (0, 0, 0, 0) for move in actual)
-    else:
-        assert all(min(move[:4]) > 0 for move in actual)
-
-
-@emulated
-def test_errors_are_those_of_rows_that_have_moved(device: Device, make: Make) -> None:
-    """Migrations are waited for where they are measured: rows are those of the CPU but for a few scales."""
-    device.emulate_cuda(True)
-    f16 = {"type_k": "f16", "type_v": "f16"}
-    actual, expected = (
-        np.array([e[:4] for e in errors(make(model, kv_mixed=mixed("q4_0", attn), **f16))])
-        for model, attn in ((device.whole, "fused"), (device.on_cpu, "compose"))
-    )
-    assert len(actual) > 10
-    # the layers behind the first have rows that attention, rounded to F16, has changed by 2^-11 of them: 1 % of a step
-    np.testing.assert_allclose(actual[:, [0, 2]], expected[:, [0, 2]], rtol=0.03)

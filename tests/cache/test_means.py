@@ -1,7 +1,7 @@
 """The means of K: what pages of cold take them from, where they go, and what becomes of them.
 
 Caches driven by hand: rows are known, so every bit is. Elsewhere: attention (test_attention.py, test_quantised.py), caches
-driven at random (test_cache_machine.py), devices (test_device.py).
+driven at random (test_cache_machine.py), devices (test_device_cache.py).
 """
 
 from __future__ import annotations
