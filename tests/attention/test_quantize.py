@@ -19,7 +19,7 @@ from llamamix._ffi import _file_name, ffi, lib
 from llamamix.attention import isas
 from llamamix.formats import FORMATS
 
-ALL_ISAS = isas() + emulated.emulated_isas()
+ALL_ISAS = emulated.all_isas(isas())
 
 N_ROWS = 40
 SOURCES = ("f32", "f16", "bf16")

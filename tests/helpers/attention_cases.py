@@ -18,7 +18,7 @@ from . import emulated
 from .rows import rotation
 
 ISAS = isas()
-ALL_ISAS = ISAS + emulated.emulated_isas()
+ALL_ISAS = emulated.all_isas(ISAS)
 
 TILE = 128  # cells of a segment that share a unit for the weights, at most
 BLOCK = 32

@@ -30,6 +30,13 @@ def emulated_isas() -> tuple[str, ...]:
     return tuple(f"emulated {name}" for name in program.names if name != "generic") if program else ()
 
 
+def all_isas(native: tuple[str, ...]) -> tuple[str, ...]:
+    """What tests of every instruction set take: the library's, the portable one last; with a program its own, and the
+    portable one to compare with, since the others are tested without it.
+    """
+    return (*emulated_isas(), native[-1]) if emulated_isas() else native
+
+
 def compute(isa: str, *args: Any, **kwargs: Any) -> np.ndarray:
     """Program.attention() by one of these."""
     return _program().attention(isa.removeprefix("emulated "), *args, **kwargs)
