@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._ffi import ffi, lib
 
+if TYPE_CHECKING:
+    from ..model import Model
+
 _CPU, _GPU, _IGPU, _ACCEL = 0, 1, 2, 3
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """What computes a model, by llama-bench's names of fields."""
+    return {
+        "backends": backends(with_servers=bool(model.params.rpc)),
+        "cpu_info": cpu_info(),
+        "gpu_info": gpu_info(),
+        "n_gpu_layers": model.params.n_gpu_layers,
+    }
 
 
 def backends(with_servers: bool = False) -> str:

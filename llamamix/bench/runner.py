@@ -107,16 +107,13 @@ class Runner:
         self._one_context = plan.one_context
         self._setting: dict[str, Any] = {
             "llamamix": __version__,
-            "backends": machine.backends(with_servers=bool(model.params.rpc)),
-            "cpu_info": machine.cpu_info(),
-            "gpu_info": machine.gpu_info(),
+            **machine.describe(model),
             "model_filename": str(model.path),
             "model_type": model.desc,
             "model_size": model.size,
             "model_n_params": model.n_params,
             "n_batch": plan.n_batch,
             "n_ubatch": plan.n_ubatch,
-            "n_gpu_layers": model.params.n_gpu_layers,
             "seed": seed,
         }
 

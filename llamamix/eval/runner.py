@@ -87,20 +87,15 @@ class Runner:
         self._emit = emit
         self._progress = progress
         self._library = library_digest()
-        backends = machine.backends(with_servers=bool(model.params.rpc))
-        self._machine: dict[str, Any] = {"library": self._library, "cpu": machine.cpu_info()}
-        if backends != "CPU":
-            self._machine |= {
-                "backends": backends,
-                "gpu": machine.gpu_info(),
-                "n_gpu_layers": model.params.n_gpu_layers,
-                "servers": model.params.rpc,
-            }
+        here = machine.describe(model)
+        self._machine: dict[str, Any] = {"library": self._library, "cpu": here["cpu_info"]}
+        if here["backends"] != "CPU":
+            self._machine |= {**here, "servers": model.params.rpc}
         self._model_sha256 = model_sha256
         self._setting: dict[str, Any] = {
             "llamamix": __version__,
             "library": self._library[:12],
-            "cpu_info": machine.cpu_info(),
+            **here,
             "model_filename": model.path.name,
             "model_type": model.desc,
             "model_size": model.size,
@@ -109,9 +104,6 @@ class Runner:
             "stride": plan.stride,
             "n_batch": plan.n_batch,
             "reference": plan.reference,
-            "backends": backends,
-            "gpu_info": machine.gpu_info(),
-            "n_gpu_layers": model.params.n_gpu_layers,
         }
         self._units = [
             (n_ctx, source, source.chunks(model, n_ctx, n_chunks))
